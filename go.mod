@@ -43,3 +43,5 @@ require (
 	google.golang.org/protobuf v1.36.12
 	gopkg.in/yaml.v3 v3.0.1
 )
+
+require github.com/digitalocean/go-libvirt v0.0.0-20241216201552-9fbdb61a21af // indirect
