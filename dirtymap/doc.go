@@ -1,0 +1,38 @@
+// Package dirtymap finds out which pages of another process' memory were
+// written, without that process' help: the heart of pre-copy migration of an
+// unmodified hypervisor.
+//
+// [Probe] says whether this kernel can. [Attach] starts to track some ranges of
+// a process. From then on every [Tracker.Collect] adds the pages written since
+// the one before to a [Bitmap] for each range, and starts anew; [Tracker.Peek]
+// only looks, for the last scan while the guest is stopped. [Tracker.Close]
+// leaves the process as it was found.
+//
+// # How it works
+//
+// Linux 6.7 and later keep book in the page tables: a range that is registered
+// with a userfaultfd in asynchronous write-protect mode loses the protection of
+// a page with the first write to it, without a message to anybody, and the
+// PAGEMAP_SCAN ioctl reports and renews it in one atomic step. Whatever writes
+// through the page tables of the process is seen: its threads, KVM, vhost. What
+// pinned pages before the scan and writes them by DMA afterwards is not: drain
+// such I/O after the scan and before copying.
+//
+// The userfaultfd must belong to the tracked process. Its main thread is made
+// to create it, through ptrace, then the agent takes a copy and has the process
+// close its own. The thread is stopped for some 100 µs; the others, vCPUs among
+// them, are not. The registration ends with the agent's copy, that is, with
+// Close or with the agent's death, whichever comes first.
+//
+// The injected call repairs itself: before the one ptrace request that diverts
+// the thread, a signal frame that holds its whole state is on its stack, and
+// the diverted thread returns through sigreturn. The agent may be killed between
+// any two instructions, and the process goes on as if nothing had happened.
+//
+// # Parents that trace
+//
+// A process that waits with wait4, waitid or os.Process.Wait for a child that it
+// traces at the same time is woken by the child's ptrace stops, and takes them
+// for the child's end. A program that starts hypervisors and tracks them must
+// therefore wait for the pidfd first (sys.WaitPidfd), and reap afterwards.
+package dirtymap
