@@ -142,7 +142,7 @@ func TestNeighboursFollow(t *testing.T) {
 		return errors.Join(netlink.NeighSet(stale(guest4)), netlink.NeighSet(stale(guest6)))
 	})
 	n.destination.must(func() error {
-		_, err := Announce(t.Context(), []NIC{n.nic(guest4, guest6)}, Options{Repeats: []time.Duration{}})
+		_, err := Announce(t.Context(), []NIC{n.nic(guest4, guest6)}, Options{Repeats: noRepeats})
 		return err
 	})
 	eventually(t, "both addresses at the guest's MAC", func() bool {
@@ -167,7 +167,7 @@ func TestAnnounceWithoutAddress(t *testing.T) {
 	n.guestAtSource(t)
 	seen := n.client.listen("eth0")
 	n.destination.must(func() error {
-		got, err := Announce(t.Context(), []NIC{n.nic()}, Options{Repeats: []time.Duration{}})
+		got, err := Announce(t.Context(), []NIC{n.nic()}, Options{Repeats: noRepeats})
 		if got != 0 {
 			t.Errorf("announced %d addresses, want 0", got)
 		}
@@ -190,7 +190,7 @@ func TestAnnounceRest(t *testing.T) {
 	gone.Tap = "tap9"
 	odd := n.nic(netip.MustParseAddr("224.0.0.1"), guest4)
 	n.destination.must(func() error {
-		got, err := Announce(t.Context(), []NIC{gone, odd}, Options{Repeats: []time.Duration{}})
+		got, err := Announce(t.Context(), []NIC{gone, odd}, Options{Repeats: noRepeats})
 		if got != 1 {
 			t.Errorf("announced %d addresses, want 1", got)
 		}
@@ -322,7 +322,7 @@ func TestAnnounceVLAN(t *testing.T) {
 	})
 	seen := client.listen("vlan10")
 	host.must(func() error {
-		_, err := Announce(t.Context(), []NIC{{Bridge: "br0", Tap: "tap0", MAC: guestMAC, Addresses: []netip.Addr{guest4}}}, Options{Repeats: []time.Duration{}})
+		_, err := Announce(t.Context(), []NIC{{Bridge: "br0", Tap: "tap0", MAC: guestMAC, Addresses: []netip.Addr{guest4}}}, Options{Repeats: noRepeats})
 		return err
 	})
 	if got := next(t, seen, guestMAC); !bytes.Equal(got[:42], unhex(t, hexRequest)[:42]) {

@@ -358,3 +358,23 @@ func (n *network) guestAtSource(t *testing.T) {
 		return s && d
 	})
 }
+
+// sum is the ones' complement sum of RFC 1071 over several parts, of which all
+// but the last are of even length.
+func sum(parts ...[]byte) uint16 {
+	var n uint32
+	for _, b := range parts {
+		for ; len(b) > 1; b = b[2:] {
+			n += uint32(b[0])<<8 | uint32(b[1])
+		}
+		if len(b) == 1 {
+			n += uint32(b[0]) << 8
+		}
+	}
+	for n>>16 != 0 {
+		n = n&0xffff + n>>16
+	}
+	return uint16(n)
+}
+
+var noRepeats = []time.Duration{}

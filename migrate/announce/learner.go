@@ -29,10 +29,12 @@ type Learner struct {
 	mac  net.HardwareAddr
 	stop func() bool // ends the watch on the context
 	done chan struct{}
+	once sync.Once // closes conn
 
-	mu   sync.Mutex
-	book book
-	err  error // why the reading ended by itself
+	mu     sync.Mutex
+	book   book
+	closed bool
+	err    error // why the reading ended by itself
 }
 
 // Start begins to learn the addresses of the guest with this MAC on the
@@ -59,21 +61,18 @@ func Start(ctx context.Context, ifname string, mac net.HardwareAddr) (*Learner, 
 	}
 	l := &Learner{conn: conn, mac: mac, done: make(chan struct{})}
 	// A deadline wakes the reader; the socket is closed by Close alone.
-	l.stop = context.AfterFunc(ctx, func() { l.interrupt() })
+	l.stop = context.AfterFunc(ctx, l.interrupt)
 	go l.run()
 	return l, nil
 }
 
 func (l *Learner) interrupt() {
-	if err := l.conn.SetReadDeadline(time.Unix(1, 0)); err != nil && !errors.Is(err, os.ErrClosed) {
-		l.fail(err)
-	}
-}
-
-func (l *Learner) fail(err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.err == nil {
+	if l.closed {
+		return
+	}
+	if err := l.conn.SetReadDeadline(time.Unix(1, 0)); err != nil && l.err == nil {
 		l.err = err
 	}
 }
@@ -84,12 +83,14 @@ func (l *Learner) run() {
 	for {
 		n, _, err := l.conn.ReadFrom(b)
 		switch {
-		case errors.Is(err, os.ErrDeadlineExceeded), errors.Is(err, os.ErrClosed):
+		case errors.Is(err, os.ErrDeadlineExceeded):
 			return
 		case errors.Is(err, unix.ENETDOWN):
 			continue // told once each time the tap goes down; it may come up again
 		case err != nil:
-			l.fail(err)
+			l.mu.Lock()
+			l.err = err
+			l.mu.Unlock()
 			return
 		}
 		s := sight(b[:n], l.mac)
@@ -116,17 +117,21 @@ func (l *Learner) Router() bool {
 // Close ends the learning and waits for its goroutine. Addresses still answers
 // afterwards. The error says why the learner had stopped by itself, if it had.
 func (l *Learner) Close() error {
-	l.stop()
-	l.interrupt()
-	<-l.done
-	err := l.conn.Close()
-	if errors.Is(err, os.ErrClosed) {
-		err = nil // closed before
-	}
+	l.once.Do(func() {
+		l.stop()
+		l.interrupt()
+		<-l.done
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		l.closed = true
+		if err := l.conn.Close(); err != nil && l.err == nil {
+			l.err = err
+		}
+	})
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if err := errors.Join(l.err, err); err != nil {
-		return fmt.Errorf("announce: learn %s: %w", l.mac, err)
+	if l.err != nil {
+		return fmt.Errorf("announce: learn %s: %w", l.mac, l.err)
 	}
 	return nil
 }

@@ -153,8 +153,8 @@ func probeFile(f *os.File) (format tapFormat, name string, err error) {
 
 // Forward sends on what the tap's queues hold, and what comes after, until ctx
 // is done, which is no error; with a ctx that is done already it sends on only
-// what is there. frames is how many went out. A frame that cannot be sent is
-// dropped and counted (Dropped). Forward is called once.
+// what is there. frames is how many went out so far, in all calls. A frame that
+// cannot be sent is dropped and counted (Dropped).
 func (s *Stranded) Forward(ctx context.Context) (frames int, err error) {
 	group, ctx := errgroup.WithContext(ctx)
 	for _, q := range s.queues {
@@ -192,6 +192,9 @@ func (s *Stranded) drain(ctx context.Context, q queue) error {
 	}
 	if !errors.Is(err, unix.EAGAIN) {
 		return tapEnd(err)
+	}
+	if err := q.file.SetReadDeadline(time.Time{}); err != nil {
+		return err
 	}
 	stop := context.AfterFunc(ctx, func() {
 		// It can fail only on a closed file, which ends the read as well.
