@@ -138,11 +138,18 @@ func TestWithdraw(t *testing.T) {
 	if _, err := os.Stat(filepath.Join(dir, "g"+suffix)); !os.IsNotExist(err) {
 		t.Errorf("a dropped record is still there: %v", err)
 	}
-	must(t, l.Prepare(ctx, h), l.Accept(ctx, h))
+	must(t, l.Prepare(ctx, h), l.Accept(ctx, h), l.Withdraw(ctx, h), l.Drop(ctx, h))
+	must(t, l.Prepare(ctx, h), l.Accept(ctx, h), l.Own(ctx, h))
 	if err := l.Withdraw(ctx, h); err == nil {
-		t.Error("withdrew what was accepted")
+		t.Error("withdrew what is owned")
 	}
+	must(t, l.Undefine(ctx, "g"))
+	h.ID = "another"
+	must(t, l.Prepare(ctx, h), l.Accept(ctx, h))
 	after := open(t, dir, "dst", "b2")
+	if err := after.Withdraw(ctx, h); err == nil {
+		t.Error("withdrew what may have run before the host restarted")
+	}
 	if err := after.Own(ctx, h); err != nil {
 		t.Errorf("own after a restart: %v", err)
 	}

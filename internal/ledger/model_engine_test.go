@@ -91,6 +91,10 @@ func engineSteps(t *testing.T, w world) []world {
 		}
 		try(func(w *world) { w.dst.engine = off }) // undecided
 	case accepted:
+		// No vCPU would start. That is noted before the shell is destroyed:
+		// the other way round, an agent that died in between would leave an
+		// accepted guest without a process, which looks as if it had run.
+		try(func(w *world) { w.dst.engine = lostShell })
 		try(func(w *world) {
 			if w.dst.copy == PausedCopy {
 				w.dst.copy, w.dst.shell, w.ran = RunningCopy, false, true

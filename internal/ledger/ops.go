@@ -69,7 +69,8 @@ func (l *Ledger) Own(ctx context.Context, h migrate.Handover) error {
 	return l.apply(ctx, OpOwn, h, true)
 }
 
-// Withdraw implements migrate.DestinationLedger.
+// Withdraw implements migrate.DestinationLedger. After a restart of the host
+// nobody can know that no vCPU ran, and it fails.
 func (l *Ledger) Withdraw(ctx context.Context, h migrate.Handover) error {
 	if err := l.check(h, h.Destination); err != nil {
 		return err

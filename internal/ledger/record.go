@@ -140,12 +140,12 @@ func (r Record) check() error {
 }
 
 // guestPattern holds for the names of guests: they are names of files here.
-var guestPattern = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$`)
+var guestPattern = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$`)
 
 // CheckGuest says why name cannot be a guest's.
 func CheckGuest(name string) error {
 	if !guestPattern.MatchString(name) {
-		return fmt.Errorf("guest name %q: 1 to 63 letters, digits, dots, dashes and underscores, a letter or digit at both ends", name)
+		return fmt.Errorf("guest name %q: 1 to 64 letters, digits, dots, dashes and underscores, beginning with a letter or digit", name)
 	}
 	return nil
 }

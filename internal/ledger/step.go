@@ -175,11 +175,12 @@ func stepDestination(r Record, op Op, next Record, same bool, fail failFunc) (Re
 		if r.State == Withdrawn && same {
 			return r, nil
 		}
-		if same && r.State == Prepared && r.Boot != next.Boot {
+		here := same && (r.State == Prepared || r.State == Accepted)
+		if here && r.Boot != next.Boot {
 			return fail("this host has restarted since, so that it cannot tell whether the guest ran")
 		}
 		fresh := !same && (r.State == None || r.State == Gone || r.State == Withdrawn)
-		if !fresh && (r.State != Prepared || !same) {
+		if !fresh && !here {
 			return fail("handover %s can no longer be withdrawn", h.ID)
 		}
 		next.State = Withdrawn
