@@ -2,10 +2,13 @@ package migrate
 
 import (
 	"context"
+	"errors"
 	"io"
 	"os"
 	"strings"
 	"time"
+
+	"github.com/lmctl/lmctl/dirtymap"
 )
 
 // PageSize is the unit of tracking and copying, in bytes.
@@ -26,11 +29,9 @@ type Memory struct {
 	Addr uint64
 }
 
-// Process names a process for good: a PID may be reused, the pidfd may not.
-type Process struct {
-	PID   int
-	PIDFD int // owned by the guest, valid as long as the guest is
-}
+// Process names the hypervisor's process. Its pidfd is owned by the guest and
+// valid as long as the guest is.
+type Process = dirtymap.Process
 
 // Guest is a running guest at the source, as the engine needs it. Every method
 // may be called once the one before has returned; none is called concurrently
@@ -71,6 +72,11 @@ type Guest interface {
 	// its network and without any capability or parameter left behind. It does
 	// nothing to a guest that was not suspended.
 	Resume(ctx context.Context) error
+	// Forward sends what has queued up here for the stopped guest's network
+	// after it, and what still comes here until its new place is known
+	// everywhere. It is called while the guest runs at the destination, and
+	// returns the number of frames sent on.
+	Forward(ctx context.Context) (frames int, err error)
 	// Release ends the suspended copy of a guest that now runs elsewhere, and
 	// removes all that belonged to it on this host. The guest's disks stay.
 	Release(ctx context.Context) error
@@ -112,7 +118,9 @@ type Shell interface {
 	// stopped.
 	LoadState(ctx context.Context, r io.Reader) error
 	// Resume connects the guest's network and starts its vCPUs. From here on
-	// the shell is a guest like any other of this host.
+	// the shell is a guest like any other of this host. An error that has
+	// ErrNotStarted in its chain means that no vCPU ran, for certain; after any
+	// other it may have.
 	Resume(ctx context.Context) error
 	// Announce tells the network where the guest's addresses are now, several
 	// times over half a second, and returns the number of addresses announced.
@@ -122,6 +130,9 @@ type Shell interface {
 	// Lost is closed when the hypervisor's process has ended by itself.
 	Lost() <-chan struct{}
 }
+
+// ErrNotStarted is in the chain of a Shell's Resume error when no vCPU ran.
+var ErrNotStarted = errors.New("no vCPU was started")
 
 // Refusal says why a migration was refused before anything was copied.
 type Refusal struct {

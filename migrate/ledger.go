@@ -1,6 +1,13 @@
 package migrate
 
-import "context"
+import (
+	"context"
+	"errors"
+)
+
+// ErrNotHandedOver is in the chain of HandOver's error when the source still
+// owns the guest, for certain.
+var ErrNotHandedOver = errors.New("the guest was not handed over")
 
 // Handover is one passing of a guest from one host to another. ID is fresh for
 // each attempt; Epoch is the one that the guest has once it has passed.
@@ -49,8 +56,9 @@ type DestinationLedger interface {
 	// Own makes the ownership durable. After it the source may be told to
 	// forget the guest.
 	Own(ctx context.Context, h Handover) error
-	// Withdraw notes durably that h was not and will never be run here. It
-	// fails if Accept has been called for h.
+	// Withdraw notes durably that h was not and will never be run here. The
+	// caller knows for certain that no vCPU ran, also if Accept was called. It
+	// fails after Own.
 	Withdraw(ctx context.Context, h Handover) error
 	// Drop removes what was noted for h at a destination that need not answer
 	// for it any more.
