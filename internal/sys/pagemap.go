@@ -55,7 +55,7 @@ type pmScanArg struct {
 	Start            uint64
 	End              uint64
 	WalkEnd          uint64
-	Vec              uint64
+	Vec              *PageRegion
 	VecLen           uint64
 	MaxPages         uint64
 	CategoryInverted uint64
@@ -72,7 +72,7 @@ func PagemapScan(fd int, s Scan, vec []PageRegion) (n int, walkEnd uint64, err e
 		Flags:            s.Flags,
 		Start:            s.Start,
 		End:              s.End,
-		Vec:              uint64(uintptr(unsafe.Pointer(unsafe.SliceData(vec)))),
+		Vec:              unsafe.SliceData(vec),
 		VecLen:           uint64(len(vec)),
 		CategoryInverted: s.Inverted,
 		CategoryMask:     s.Mask,

@@ -69,6 +69,15 @@ func ptrace(req, pid int, addr, data uintptr) error {
 	return nil
 }
 
+// ptracePtr is ptrace for requests whose data is a structure.
+func ptracePtr(req, pid int, addr uintptr, data unsafe.Pointer) error {
+	_, _, errno := unix.Syscall6(unix.SYS_PTRACE, uintptr(req), uintptr(pid), addr, uintptr(data), 0, 0)
+	if errno != 0 {
+		return errno
+	}
+	return nil
+}
+
 // PtraceSeize attaches the calling OS thread, to which alone the later requests
 // are open, without stopping the traced one. Syscall stops are marked as
 // StopSyscall.
@@ -115,7 +124,7 @@ func PtraceDetach(tid int) error {
 // PtraceGetRegs reads the general registers.
 func PtraceGetRegs(tid int) (unix.PtraceRegs, error) {
 	var r unix.PtraceRegs
-	if err := ptrace(unix.PTRACE_GETREGS, tid, 0, uintptr(unsafe.Pointer(&r))); err != nil {
+	if err := ptracePtr(unix.PTRACE_GETREGS, tid, 0, unsafe.Pointer(&r)); err != nil {
 		return r, fmt.Errorf("PTRACE_GETREGS %d: %w", tid, err)
 	}
 	return r, nil
@@ -123,7 +132,7 @@ func PtraceGetRegs(tid int) (unix.PtraceRegs, error) {
 
 // PtraceSetRegs writes all general registers in one system call.
 func PtraceSetRegs(tid int, r *unix.PtraceRegs) error {
-	if err := ptrace(unix.PTRACE_SETREGS, tid, 0, uintptr(unsafe.Pointer(r))); err != nil {
+	if err := ptracePtr(unix.PTRACE_SETREGS, tid, 0, unsafe.Pointer(r)); err != nil {
 		return fmt.Errorf("PTRACE_SETREGS %d: %w", tid, err)
 	}
 	return nil
@@ -134,7 +143,7 @@ func PtraceXState(tid int) ([]byte, error) {
 	b := make([]byte, 1<<16)
 	iov := unix.Iovec{Base: unsafe.SliceData(b)}
 	iov.SetLen(len(b))
-	if err := ptrace(unix.PTRACE_GETREGSET, tid, ntX86XState, uintptr(unsafe.Pointer(&iov))); err != nil {
+	if err := ptracePtr(unix.PTRACE_GETREGSET, tid, ntX86XState, unsafe.Pointer(&iov)); err != nil {
 		return nil, fmt.Errorf("PTRACE_GETREGSET %d NT_X86_XSTATE: %w", tid, err)
 	}
 	return b[:iov.Len], nil
@@ -143,7 +152,7 @@ func PtraceXState(tid int) ([]byte, error) {
 // PtraceSigmask reads the set of blocked signals, bit 0 being signal 1.
 func PtraceSigmask(tid int) (uint64, error) {
 	var m uint64
-	if err := ptrace(ptraceGetSigmask, tid, unsafe.Sizeof(m), uintptr(unsafe.Pointer(&m))); err != nil {
+	if err := ptracePtr(ptraceGetSigmask, tid, unsafe.Sizeof(m), unsafe.Pointer(&m)); err != nil {
 		return 0, fmt.Errorf("PTRACE_GETSIGMASK %d: %w", tid, err)
 	}
 	return m, nil
@@ -151,7 +160,7 @@ func PtraceSigmask(tid int) (uint64, error) {
 
 // PtraceSetSigmask sets the blocked signals.
 func PtraceSetSigmask(tid int, m uint64) error {
-	if err := ptrace(ptraceSetSigmask, tid, unsafe.Sizeof(m), uintptr(unsafe.Pointer(&m))); err != nil {
+	if err := ptracePtr(ptraceSetSigmask, tid, unsafe.Sizeof(m), unsafe.Pointer(&m)); err != nil {
 		return fmt.Errorf("PTRACE_SETSIGMASK %d: %w", tid, err)
 	}
 	return nil
@@ -161,7 +170,7 @@ func PtraceSetSigmask(tid int, m uint64) error {
 // call, at its exit, or at neither.
 func PtraceSyscallStop(tid int) (int, error) {
 	var s syscallInfo
-	if err := ptrace(unix.PTRACE_GET_SYSCALL_INFO, tid, unsafe.Sizeof(s), uintptr(unsafe.Pointer(&s))); err != nil {
+	if err := ptracePtr(unix.PTRACE_GET_SYSCALL_INFO, tid, unsafe.Sizeof(s), unsafe.Pointer(&s)); err != nil {
 		return 0, fmt.Errorf("PTRACE_GET_SYSCALL_INFO %d: %w", tid, err)
 	}
 	return int(s.Op), nil
@@ -171,7 +180,7 @@ func PtraceSyscallStop(tid int) (int, error) {
 // registered none.
 func PtraceRseq(tid int) (uint64, error) {
 	var c rseqConfig
-	if err := ptrace(ptraceGetRseqConfig, tid, unsafe.Sizeof(c), uintptr(unsafe.Pointer(&c))); err != nil {
+	if err := ptracePtr(ptraceGetRseqConfig, tid, unsafe.Sizeof(c), unsafe.Pointer(&c)); err != nil {
 		return 0, fmt.Errorf("PTRACE_GET_RSEQ_CONFIGURATION %d: %w", tid, err)
 	}
 	return c.Pointer, nil
@@ -235,4 +244,14 @@ func cpuid(leaf, sub uint32) (eax, ebx, ecx, edx uint32)
 func XStateComponent(i int) (off, size int) {
 	size32, off32, _, _ := cpuid(0xd, uint32(i))
 	return int(off32), int(size32)
+}
+
+// PtraceSignalCode returns the si_code of the signal that a thread stopped for.
+// Values above zero come from the kernel, the others from processes.
+func PtraceSignalCode(tid int) (int32, error) {
+	var si siginfoChild
+	if err := ptracePtr(unix.PTRACE_GETSIGINFO, tid, 0, unsafe.Pointer(&si)); err != nil {
+		return 0, fmt.Errorf("PTRACE_GETSIGINFO %d: %w", tid, err)
+	}
+	return si.Code, nil
 }
