@@ -1,0 +1,55 @@
+package testenv
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"testing"
+)
+
+// CacheDir is where the scripts leave what tests need and nobody wants
+// installed: LMCTL_CACHE, or /var/cache/lmctl.
+func CacheDir() string {
+	if dir := os.Getenv("LMCTL_CACHE"); dir != "" {
+		return dir
+	}
+	return "/var/cache/lmctl"
+}
+
+// NeedQEMU10 returns a QEMU of version 10 or later and the folder with its
+// firmware, as scripts/fetch-qemu10 leaves them. The binary finds its firmware
+// by itself.
+func NeedQEMU10(t testing.TB) (binary, firmware string) {
+	t.Helper()
+	dir := filepath.Join(CacheDir(), "qemu-10")
+	binary, firmware = filepath.Join(dir, "qemu-system-x86_64"), filepath.Join(dir, "firmware")
+	Need(t, "QEMU 10", probeQEMU(binary, 10))
+	t.Attr(AttrRan, RanQEMU10)
+	return binary, firmware
+}
+
+var qemuVersion = regexp.MustCompile(`^QEMU emulator version ([0-9]+)\.`)
+
+// probeQEMU runs a QEMU and looks at its version.
+func probeQEMU(binary string, major int) error {
+	out, err := exec.Command(binary, "--version").CombinedOutput()
+	if errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("%w; scripts/fetch-qemu10 puts it there", err)
+	}
+	if err != nil {
+		return fmt.Errorf("%s --version: %w: %s", binary, err, oneLine(string(out)))
+	}
+	m := qemuVersion.FindSubmatch(out)
+	if m == nil {
+		return fmt.Errorf("%s --version says %q", binary, out)
+	}
+	if n, err := strconv.Atoi(string(m[1])); err != nil || n < major {
+		return fmt.Errorf("%s is version %s, not %d or later", binary, m[1], major)
+	}
+	return nil
+}
