@@ -2,7 +2,10 @@ package dirtymap
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/lmctl/lmctl/internal/sys"
 )
@@ -36,7 +39,9 @@ func findGadgets(pid int) (gadgets, error) {
 		if !m.Exec || !m.Read || m.Path == "[vsyscall]" {
 			continue
 		}
-		g.search(pid, m, buf)
+		if err := g.search(pid, m, buf); err != nil {
+			return gadgets{}, err
+		}
 		if g.call != 0 && g.restorer != 0 {
 			return g, nil
 		}
@@ -49,13 +54,16 @@ func findGadgets(pid int) (gadgets, error) {
 }
 
 // search looks through one mapping, by pieces that overlap by the longest code.
-// What cannot be read holds nothing for us.
-func (g *gadgets) search(pid int, m sys.Mapping, buf []byte) {
+// A mapping that cannot be read, of a device for one, holds nothing for us.
+func (g *gadgets) search(pid int, m sys.Mapping, buf []byte) error {
 	const overlap = 16
 	for at := m.Start; at < m.End; {
 		b := buf[:min(uint64(len(buf)), m.End-at)]
-		if sys.ReadMemory(pid, at, b) != nil {
-			return
+		switch err := sys.ReadMemory(pid, at, b); {
+		case errors.Is(err, unix.EFAULT), errors.Is(err, unix.EIO):
+			return nil
+		case err != nil:
+			return fmt.Errorf("read code: %w", classify(err))
 		}
 		if i := bytes.Index(b, callCode); i >= 0 && g.call == 0 {
 			g.call = at + uint64(i)
@@ -66,10 +74,11 @@ func (g *gadgets) search(pid int, m sys.Mapping, buf []byte) {
 			}
 		}
 		if g.call != 0 && g.restorer != 0 || at+uint64(len(b)) == m.End {
-			return
+			return nil
 		}
 		at += uint64(len(b)) - overlap
 	}
+	return nil
 }
 
 // verify checks, with the thread stopped, that the code is still there.

@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 	"unsafe"
@@ -22,6 +23,8 @@ const roleEnv = "DIRTYMAP_TEST_ROLE"
 var roles = map[string]func(args []string) error{
 	"target": targetMain,
 }
+
+func init() { runtime.LockOSThread() } // roles run on the main thread
 
 func TestMain(m *testing.M) {
 	if role := os.Getenv(roleEnv); role != "" {
