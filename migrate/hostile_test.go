@@ -149,9 +149,8 @@ func TestHostileDataStream(t *testing.T) {
 			if _, err := conn.Write(c.stream); err != nil {
 				t.Fatal(err)
 			}
-			if err := conn.(*net.TCPConn).CloseWrite(); err != nil {
-				t.Fatal(err)
-			}
+			// It fails when the destination has hung up by now, as it should.
+			_ = conn.(*net.TCPConn).CloseWrite()
 			r.rejected(c.want)
 		})
 	}

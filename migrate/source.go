@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"sync/atomic"
 	"time"
 
@@ -147,13 +148,31 @@ func (m *source) run(ctx context.Context) error {
 	for _, step := range steps {
 		m.enter(step.state)
 		if err := step.do(step.ctx); err != nil {
-			if cause := context.Cause(step.ctx); cause != nil {
-				err = cause // what the step stumbled over is only the consequence
-			}
-			return err
+			return m.cause(step.ctx, life, err)
 		}
 	}
 	return nil
+}
+
+// wordGrace is how long a broken stream waits for the destination's word of
+// why it broke: that travels on another connection.
+const wordGrace = 200 * time.Millisecond
+
+// cause prefers what ended the work to what a step stumbled over because of it.
+func (m *source) cause(ctx, life context.Context, err error) error {
+	var broken *net.OpError
+	if ctx.Err() == nil && errors.As(err, &broken) {
+		timer := time.NewTimer(wordGrace)
+		defer timer.Stop()
+		select {
+		case <-life.Done():
+		case <-timer.C:
+		}
+	}
+	if cause := context.Cause(ctx); cause != nil {
+		return cause
+	}
+	return err
 }
 
 // prepare has the destination build the shell VM, and opens the streams.
