@@ -12,13 +12,18 @@ import (
 	"testing"
 )
 
-// CacheDir is where the scripts leave what tests need and nobody wants
-// installed: LMCTL_CACHE, or /var/cache/lmctl.
-func CacheDir() string {
+// cacheDir is where the scripts leave what tests need and nobody wants
+// installed: LMCTL_CACHE, or a folder of the system's for root and of the user's
+// for others.
+func cacheDir() (string, error) {
 	if dir := os.Getenv("LMCTL_CACHE"); dir != "" {
-		return dir
+		return filepath.Abs(dir)
 	}
-	return "/var/cache/lmctl"
+	if os.Getuid() == 0 {
+		return "/var/cache/lmctl", nil
+	}
+	dir, err := os.UserCacheDir()
+	return filepath.Join(dir, "lmctl"), err
 }
 
 // NeedQEMU10 returns a QEMU of version 10 or later and the folder with its
@@ -26,7 +31,11 @@ func CacheDir() string {
 // by itself.
 func NeedQEMU10(t testing.TB) (binary, firmware string) {
 	t.Helper()
-	dir := filepath.Join(CacheDir(), "qemu-10")
+	cache, err := cacheDir()
+	if err != nil {
+		Missing(t, "QEMU 10", err)
+	}
+	dir := filepath.Join(cache, "qemu-10")
 	binary, firmware = filepath.Join(dir, "qemu-system-x86_64"), filepath.Join(dir, "firmware")
 	Need(t, "QEMU 10", probeQEMU(binary, 10))
 	t.Attr(AttrRan, RanQEMU10)

@@ -1,0 +1,122 @@
+# make test is all that a fresh Debian machine with Go needs; see CONTRIBUTING.
+#
+#   build         bin/lmctl, one static binary
+#   test          everything below that judges: deps, lint, unit, e2e
+#   lint          gofmt, go vet, staticcheck, shellcheck
+#   unit          all packages with the race detector, fuzz seeds included
+#   e2e           whole migrations between agents, with failpoints
+#   fuzz-seeds    only the seeds of the fuzz tests
+#   fuzz          every fuzz test for FUZZTIME (10s)
+#   demo          a Linux guest moves to another host and back
+#   bench         the quick comparison with QEMU's own migration
+#   proto         generate the API's Go code (needs protobuf-compiler)
+#   install-deps  install what building and testing take
+#   clean
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := build
+.PHONY: build init test lint unit e2e fuzz fuzz-seeds demo bench proto \
+	install-deps install-run-deps need-root qemu10 clean
+
+export PATH := $(PATH):/usr/local/go/bin:/usr/sbin:/sbin
+
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+# The version goes in by itself: a checkout that git distrusts builds all the same.
+export GOFLAGS := $(GOFLAGS) -buildvcs=false
+
+STATICCHECK = go tool -modfile=tools/go.mod staticcheck
+REPORT = go run ./test/report
+TEST_LOG = dist/tests.jsonl
+FUZZTIME ?= 10s
+UNIT_TIMEOUT ?= 10m
+E2E_TIMEOUT ?= 14m
+E2E = ./test/e2e/...
+
+# What is not root asks sudo: for packages, for the lab, and, if sudo needs no
+# password, for the tests that want root.
+ifeq ($(shell id -u),0)
+export LMCTL_CACHE ?= /var/cache/lmctl
+else
+export LMCTL_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/lmctl
+SUDO = sudo
+ifeq ($(shell sudo -n true 2>/dev/null && echo yes),yes)
+AS_ROOT = -exec 'sudo -E env "PATH=$(PATH)"'
+endif
+endif
+
+build: init
+	CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/lmctl ./cmd/lmctl
+
+# The init of Linux guests, which bin/lmctl has in it.
+init:
+	CGO_ENABLED=0 go build -trimpath -ldflags '-s -w' -o guest/linux/payload/init ./guest/init
+
+# One part that fails does not keep the others from saying what they know.
+test: install-deps qemu10 init
+	@rm -f $(TEST_LOG); failed=; \
+	for part in lint unit e2e; do \
+		$(MAKE) --no-print-directory $$part || failed="$$failed $$part"; \
+	done; \
+	$(REPORT) summary $(TEST_LOG) || failed="$$failed summary"; \
+	if [ -n "$$failed" ]; then echo "make test: failed:$$failed" >&2; exit 1; fi
+
+lint:
+	@unformatted=$$(gofmt -l .); \
+	if [ -n "$$unformatted" ]; then printf 'gofmt -w is wanted for:\n%s\n' "$$unformatted"; exit 1; fi
+	go vet ./...
+	go vet -tags failpoint ./...
+	$(STATICCHECK) ./...
+	$(STATICCHECK) -tags failpoint ./...
+	shellcheck scripts/* .ci/run
+
+unit:
+	$(REPORT) run -log $(TEST_LOG) -- -race $(if $(CI),-count=1) -timeout $(UNIT_TIMEOUT) $(AS_ROOT) \
+		$$(go list ./... | grep -v '/test/e2e')
+
+e2e: init
+	@if [ -d test/e2e ]; then set -x; \
+		$(REPORT) run -log $(TEST_LOG) -- -tags failpoint -count=1 -timeout $(E2E_TIMEOUT) $(AS_ROOT) $(E2E); \
+	fi
+
+fuzz-seeds:
+	go test -run '^Fuzz' ./...
+
+fuzz:
+	@for package in $$(go list ./...); do \
+		for target in $$(go test -list '^Fuzz' "$$package" | grep '^Fuzz' || true); do \
+			echo "$$package $$target"; \
+			go test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) "$$package"; \
+		done; \
+	done
+
+demo: need-root install-run-deps build
+	$(SUDO) env "LMCTL_CACHE=$(LMCTL_CACHE)" bin/lmctl lab demo
+
+bench: need-root install-run-deps build
+	$(SUDO) env "LMCTL_CACHE=$(LMCTL_CACHE)" bin/lmctl bench quick
+
+need-root:
+	@[ "$$(id -u)" -eq 0 ] || command -v sudo >/dev/null || \
+		{ echo "the lab's hosts are network namespaces: run make as root, or install sudo" >&2; exit 1; }
+
+proto:
+	@command -v protoc >/dev/null || { echo "make proto needs protoc: install protobuf-compiler" >&2; exit 1; }
+	protoc --proto_path=. \
+		--plugin=protoc-gen-go="$$(go tool -modfile=tools/go.mod -n protoc-gen-go)" \
+		--plugin=protoc-gen-go-grpc="$$(go tool -modfile=tools/go.mod -n protoc-gen-go-grpc)" \
+		--go_out=. --go_opt=paths=source_relative \
+		--go-grpc_out=. --go-grpc_opt=paths=source_relative \
+		$$(git ls-files '*.proto')
+
+install-run-deps:
+	@scripts/install-deps
+
+install-deps:
+	@scripts/install-deps gcc libc6-dev shellcheck
+
+qemu10:
+	@scripts/fetch-qemu10
+
+clean:
+	rm -rf bin dist guest/linux/payload/init
