@@ -102,12 +102,8 @@ need-root:
 
 proto:
 	@command -v protoc >/dev/null || { echo "make proto needs protoc: install protobuf-compiler" >&2; exit 1; }
-	protoc --proto_path=. \
-		--plugin=protoc-gen-go="$$(go tool -modfile=tools/go.mod -n protoc-gen-go)" \
-		--plugin=protoc-gen-go-grpc="$$(go tool -modfile=tools/go.mod -n protoc-gen-go-grpc)" \
-		--go_out=. --go_opt=paths=source_relative \
-		--go-grpc_out=. --go-grpc_opt=paths=source_relative \
-		$$(git ls-files '*.proto')
+	PATH="$$(dirname "$$(go tool -modfile=tools/go.mod -n protoc-gen-go)"):$$(dirname "$$(go tool -modfile=tools/go.mod -n protoc-gen-go-grpc)"):$$PATH" \
+		go generate ./internal/api
 
 install-run-deps:
 	@scripts/install-deps
