@@ -143,16 +143,12 @@ func (s *segment) data(lo, hi uint64, yield func(Region, error) bool) bool {
 	return true
 }
 
-// split divides the area into chunks that can be scanned in parallel. They meet
-// only between blocks, so that they share no page table, no huge page and no
-// word of a bitmap.
+// split divides the area into chunks that can be scanned in parallel. They share
+// no word of a bitmap and no huge page.
 func (a *area) split() {
 	end := a.addr + a.size
 	n := max(1, min(uint64(runtime.GOMAXPROCS(0)), a.size/chunkSize))
-	unit := max(a.grain, blockSize)
-	if a.addr%unit != 0 {
-		n = 1
-	}
+	unit := max(a.grain, wordBits*PageSize)
 	step := (a.size/n + unit - 1) / unit * unit
 	for at := a.addr; at < end; at += step {
 		a.chunks = append(a.chunks, newChunk(a, at, min(at+step, end)))

@@ -186,7 +186,7 @@ func targetMain(args []string) error {
 	fmt.Printf("%x\n", uintptr(p))
 	lines := bufio.NewScanner(os.Stdin)
 	for lines.Scan() {
-		if err := obey(memory, lines.Text()); err != nil {
+		if err := obey(int(f.Fd()), memory, lines.Text()); err != nil {
 			fmt.Println(err)
 		} else {
 			fmt.Println("ok")
@@ -198,7 +198,7 @@ func targetMain(args []string) error {
 var sink byte
 
 // obey executes a command on pages lo to hi-1.
-func obey(memory []byte, line string) error {
+func obey(fd int, memory []byte, line string) error {
 	var verb string
 	var lo, hi int
 	if _, err := fmt.Sscan(line, &verb, &lo, &hi); err != nil {
@@ -224,8 +224,10 @@ func obey(memory []byte, line string) error {
 		return unix.Madvise(b, unix.MADV_PAGEOUT)
 	case "hugepage":
 		return unix.Madvise(b, unix.MADV_HUGEPAGE)
-	case "unmap":
-		return unix.MunmapPtr(unsafe.Pointer(unsafe.SliceData(b)), uintptr(len(b)))
+	case "remap":
+		_, err := unix.MmapPtr(fd, int64(lo)*PageSize, unsafe.Pointer(unsafe.SliceData(b)), uintptr(len(b)),
+			unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_FIXED)
+		return err
 	case "split": // a change of protection inside a huge page splits it
 		if err := unix.Mprotect(b, unix.PROT_READ); err != nil {
 			return err

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"runtime"
+	"strconv"
 	"strings"
 	"time"
 
@@ -115,13 +116,24 @@ func (in *injection) seizeError(err error) error {
 	if verr := in.proc.verify(); verr != nil {
 		return verr
 	}
-	if tracer, _, serr := sys.Status(in.proc.PID, "TracerPid"); serr == nil && tracer != "0" {
-		t := &TracedError{PID: in.proc.PID}
-		// What is no number stays zero: not known.
-		_, _ = fmt.Sscan(tracer, &t.Tracer)
-		return t
+	if tracer := statusNumber(in.proc.PID, "TracerPid"); tracer != 0 {
+		// That is a thread. If it is gone by now, so is the name of its process.
+		return &TracedError{PID: in.proc.PID, Tracer: statusNumber(tracer, "Tgid")}
 	}
 	return classify(err)
+}
+
+// statusNumber returns a number in /proc/PID/status, or zero.
+func statusNumber(pid int, field string) int {
+	v, _, err := sys.Status(pid, field)
+	if err != nil {
+		return 0
+	}
+	n, err := strconv.Atoi(v)
+	if err != nil {
+		return 0
+	}
+	return n
 }
 
 // stop brings the thread to a stop of ours. A signal that was on its way goes

@@ -31,7 +31,7 @@ func init() {
 func compute() uint64 {
 	a, b, c, d := 1.0, 2.0, 3.0, 4.0
 	n := uint64(1)
-	for range 200_000 {
+	for range 20_000 {
 		a, b, c, d = b*1.000001+c, c*0.999-d, d+a*0.5, math.Sqrt(a*a+b*b)
 		n = n*6364136223846793005 + math.Float64bits(a)
 		if d > 1e6 {
@@ -183,7 +183,7 @@ func TestInjectMany(t *testing.T) {
 func TestInjectLosesNoSignal(t *testing.T) {
 	requireTracking(t)
 	v := startVictim(t)
-	const n = 300
+	const n = 100
 	for i := range n {
 		// One at a time: the kernel merges those that wait.
 		done := make(chan error, 1)

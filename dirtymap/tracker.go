@@ -145,6 +145,9 @@ func (t *Tracker) scan(op string, protect bool, into []*Bitmap) error {
 	if err == nil {
 		err = t.alive()
 	}
+	if errors.Is(err, unix.ESRCH) {
+		err = fmt.Errorf("%w: %w", ErrExited, err)
+	}
 	if err != nil {
 		return fmt.Errorf("dirtymap: %s: process %d: %w", op, t.proc.PID, err)
 	}

@@ -1,9 +1,17 @@
 package dirtymap
 
 import (
+	"errors"
 	"fmt"
+	"math"
+	"math/rand/v2"
+	"os"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/lmctl/lmctl/internal/sys"
 )
 
 const blockPages = blockSize / PageSize
@@ -107,5 +115,242 @@ func TestPageTables(t *testing.T) {
 				t.Errorf("then: pages %q, want %q", got, c.last)
 			}
 		})
+	}
+}
+
+// TestVanishedTables: on a kernel that does not report a range without a page
+// table, one that is gone is found out by looking.
+func TestVanishedTables(t *testing.T) {
+	requireTracking(t)
+	tg := startTarget(t, shmDir(t), 3*blockPages)
+	tg.do(t, "write 0 1536")
+	tr := attach(t, tg)
+	if got := tg.collect(t, tr); got != "" {
+		t.Fatalf("at first: pages %s", got)
+	}
+	tg.do(t, "write 512 1024")
+	tg.do(t, "dontneed 512 1024")
+	s := tr.scanOf(true)
+	c := tr.areas[0].chunks[0]
+	there, _, err := pagemapScan(s.pagemap, anyPage(tg.Region.Addr+600*PageSize), c.probe)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(there) != 0 {
+		t.Fatal("a page that was given up is there")
+	}
+	b := New(3 * blockPages)
+	c.found.Reset()
+	if err := c.vanished(&s, b); err != nil {
+		t.Fatal(err)
+	}
+	if got := pagesOf(b); got != "512-1023" {
+		t.Errorf("pages %q of vanished tables", got)
+	}
+	if c.mapped.Test(1) {
+		t.Error("the block counts as mapped still")
+	}
+	if err := c.scanFresh(&s, b); err != nil {
+		t.Fatal(err)
+	}
+	if !c.mapped.Test(1) {
+		t.Error("the block holds data and is not mapped again")
+	}
+	tg.do(t, "write 520 521")
+	if got := tg.collect(t, tr); got != "520" {
+		t.Errorf("then: pages %q", got)
+	}
+}
+
+// TestTransparentHugePages: whatever the kernel does to a huge page that was
+// written, nothing is lost.
+func TestTransparentHugePages(t *testing.T) {
+	requireTracking(t)
+	dir := shmDir(t)
+	if err := unix.Mount("dirtymap-test", dir, "tmpfs", 0, "huge=always,size=64m"); err != nil {
+		t.Skipf("needs a tmpfs with huge pages: %v", err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+	tg := startTarget(t, dir, 4*blockPages)
+	tg.do(t, "write 0 1024")
+	huge := tg.hugePages(t)
+	tr := attach(t, tg)
+	for _, step := range []struct{ do, want string }{
+		{"write 3 4", "3"},
+		{"write 1024 1025", "1024-1535"}, // new, and huge: the file holds all of it
+		{"write 1100 1101", "1100"},
+		{"write 1536 1537", "1536-2047"},
+		{"read 0 2048", ""},
+	} {
+		tg.do(t, "%s", step.do)
+		if huge == 0 {
+			step.want = strings.Split(step.want, "-")[0]
+		}
+		if got := tg.collect(t, tr); got != step.want {
+			t.Errorf("%s: pages %q, want %q", step.do, got, step.want)
+		}
+	}
+	tg.do(t, "write 600 601")
+	tg.do(t, "split 512 700")
+	if got := tg.collect(t, tr); got != "600" {
+		t.Errorf("after a split: pages %q", got)
+	}
+	if huge == 0 {
+		t.Skip("this kernel made no huge pages: their changes went untested")
+	}
+}
+
+// hugePages returns how much is mapped by huge pages, in KiB.
+func (tg *target) hugePages(t *testing.T) (kib int) {
+	t.Helper()
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", tg.PID))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(b)) {
+		if v, ok := strings.CutPrefix(line, "ShmemPmdMapped:"); ok {
+			if _, err := fmt.Sscan(v, &kib); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	return kib
+}
+
+// TestMappedAnew: memory that is mapped anew is not tracked, and that is an error.
+func TestMappedAnew(t *testing.T) {
+	requireTracking(t)
+	tg := startTarget(t, shmDir(t), 3*blockPages)
+	tg.do(t, "write 0 1536")
+	tr := attach(t, tg)
+	tg.do(t, "remap 512 1024")
+	if err := tr.Peek([]*Bitmap{New(3 * blockPages)}); !errors.Is(err, unix.EPERM) {
+		t.Errorf("peek: %v", err)
+	}
+}
+
+func TestAttachErrors(t *testing.T) {
+	requireTracking(t)
+	tg := startTarget(t, shmDir(t), 8)
+	other := startTarget(t, shmDir(t), 8)
+	dead := startTarget(t, shmDir(t), 8)
+	killAndReap(t, dead.child)
+	zombie := startTarget(t, shmDir(t), 8)
+	if err := zombie.cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	if err := sys.WaitPidfd(t.Context(), zombie.PIDFD); err != nil {
+		t.Fatal(err)
+	}
+	r := tg.Region
+	for _, c := range []struct {
+		name    string
+		process Process
+		region  Region
+		want    error
+		text    string
+	}{
+		{"another process' pidfd", Process{tg.PID, other.PIDFD}, r, ErrMismatch, ""},
+		{"reaped", dead.Process, r, ErrExited, ""},
+		{"not reaped", zombie.Process, r, ErrExited, ""},
+		{"no pidfd", Process{tg.PID, 0}, r, unix.EBADF, "no pidfd"},
+		{"nothing mapped", tg.Process, Region{Addr: r.Addr, Size: r.Size + PageSize<<20}, nil, "nothing is mapped"},
+		{"not aligned", tg.Process, Region{Addr: r.Addr + 1, Size: PageSize}, nil, "not made of pages"},
+		{"overflow", tg.Process, Region{Addr: r.Addr, Size: -r.Addr - PageSize}, nil, "nothing is mapped"},
+		{"beyond all addresses", tg.Process, Region{Addr: r.Addr, Size: math.MaxUint64 - PageSize + 1}, nil, "not made of pages"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			tr, err := Attach(c.process, []Region{c.region})
+			if err == nil {
+				tr.Close()
+				t.Fatal("attached")
+			}
+			if c.want != nil && !errors.Is(err, c.want) || !strings.Contains(err.Error(), c.text) {
+				t.Errorf("%v", err)
+			}
+		})
+	}
+	tg.noUserfaultfd(t)
+}
+
+// TestTraced: a process has one tracer, and the error says which.
+func TestTraced(t *testing.T) {
+	requireTracking(t)
+	v := startVictim(t)
+	tracer := startRole(t, "tracer", fmt.Sprint(v.PID), "seized")
+	tracer.line(t)
+	_, err := Attach(v.Process, nil)
+	var traced *TracedError
+	if !errors.Is(err, ErrTraced) || !errors.As(err, &traced) || traced.Tracer != tracer.PID {
+		t.Errorf("%v; its tracer is %d", err, tracer.PID)
+	}
+	killAndReap(t, tracer)
+	tr, err := Attach(v.Process, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := tr.Close(); err != nil {
+		t.Error(err)
+	}
+	v.healthy(t)
+}
+
+// TestFailsAfterCreation: what fails late leaves nothing in the process either.
+func TestFailsAfterCreation(t *testing.T) {
+	requireTracking(t)
+	tg := startTarget(t, shmDir(t), 8)
+	first := attach(t, tg)
+	if _, err := Attach(tg.Process, []Region{tg.Region}); !errors.Is(err, unix.EBUSY) {
+		t.Errorf("second tracker: %v", err)
+	}
+	tg.noUserfaultfd(t)
+	tg.do(t, "write 2 3")
+	if got := tg.collect(t, first); got != "2" {
+		t.Errorf("the first tracker finds pages %q", got)
+	}
+}
+
+// TestAgainstModel writes, reads and gives up pages at random, and compares.
+func TestAgainstModel(t *testing.T) {
+	requireTracking(t)
+	const pages = 6*blockPages + 17
+	tg := startTarget(t, shmDir(t), pages)
+	r := rand.New(rand.NewPCG(3, 4))
+	tg.do(t, "write 0 700")
+	tr := attach(t, tg)
+	written, got := New(pages), New(pages)
+	for pass := range 60 {
+		written.Reset()
+		for range r.IntN(20) {
+			lo := r.IntN(pages)
+			hi := min(pages, lo+1+r.IntN(1+r.IntN(900)))
+			verb := []string{"write", "write", "write", "read", "dontneed", "pageout"}[r.IntN(6)]
+			tg.do(t, "%s %d %d", verb, lo, hi)
+			if verb == "write" {
+				written.SetRange(lo, hi)
+			}
+		}
+		got.Reset()
+		op := tr.Peek
+		if pass%3 != 0 {
+			op = tr.Collect
+		}
+		if err := op([]*Bitmap{got}); err != nil {
+			t.Fatal(err)
+		}
+		missed := written.Clone()
+		missed.Subtract(got)
+		if !missed.Empty() {
+			t.Fatalf("pass %d: written, not reported: %s", pass, pagesOf(missed))
+		}
+		if pass%3 == 0 { // so that the next pass is compared with itself alone
+			if err := tr.Collect([]*Bitmap{got}); err != nil {
+				t.Fatal(err)
+			}
+		}
 	}
 }
