@@ -16,7 +16,7 @@ import (
 var (
 	namePattern    = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$`)
 	machinePattern = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$`)
-	cpuPattern     = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._=,+-]{0,1023}$`)
+	cpuPattern     = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._=,+-]*$`)
 	serialPattern  = regexp.MustCompile(`^[A-Za-z0-9._ -]{1,36}$`)
 	modelPattern   = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,63}$`)
 )
@@ -26,6 +26,7 @@ const (
 	minMemory = 1 << 20
 	maxMemory = 64 << 40
 	maxVCPUs  = 1024
+	maxCPU    = 4096 // bytes of the model with its features
 	maxDisks  = 32
 	maxNICs   = 16
 	maxExtra  = 256
@@ -111,7 +112,7 @@ func (v *validation) machine(d *Definition) {
 	if d.Machine != "" && !machinePattern.MatchString(d.Machine) {
 		v.bad("machine", "%q is no machine type: write pc, q35 or a versioned one like pc-i440fx-7.2", d.Machine)
 	}
-	if d.CPU != "" && !cpuPattern.MatchString(d.CPU) {
+	if d.CPU != "" && (!cpuPattern.MatchString(d.CPU) || len(d.CPU) > maxCPU) {
 		v.bad("cpu", "%q is no CPU model: write one like host, qemu64 or EPYC,+x2apic", d.CPU)
 	}
 	v.oneOf("accelerator", string(d.Accelerator), "auto", "kvm", "tcg")
