@@ -1,3 +1,5 @@
+//go:build amd64
+
 package dirtymap
 
 import (
@@ -14,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/lmctl/lmctl/internal/sys"
+	"github.com/lmctl/lmctl/internal/testenv"
 )
 
 const (
@@ -75,14 +78,11 @@ type flatGuest struct {
 // startFlat boots the guest and waits until it writes memory.
 func startFlat(t *testing.T, accel string, args ...string) *flatGuest {
 	t.Helper()
-	qemu, err := exec.LookPath("qemu-system-x86_64")
-	if err != nil {
-		t.Skip("needs qemu-system-x86_64")
-	}
+	qemu := testenv.NeedQEMU(t)
 	if accel == "kvm" {
-		if _, err := os.Stat("/dev/kvm"); err != nil {
-			t.Skip("needs /dev/kvm")
-		}
+		testenv.NeedKVM(t)
+	} else {
+		testenv.TCG(t)
 	}
 	dir := shmDir(t)
 	ram, disk, sock := filepath.Join(dir, "ram"), filepath.Join(dir, "disk"), filepath.Join(dir, "qmp")

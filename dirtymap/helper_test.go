@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/lmctl/lmctl/internal/sys"
+	"github.com/lmctl/lmctl/internal/testenv"
 )
 
 // roleEnv makes the test binary play a part in a test instead of running any.
@@ -40,12 +41,8 @@ func TestMain(m *testing.M) {
 // requireTracking skips a test where the kernel cannot track.
 func requireTracking(t *testing.T) {
 	t.Helper()
-	if err := Probe(); err != nil {
-		t.Skipf("cannot track memory here: %v", err)
-	}
-	if os.Getuid() != 0 {
-		t.Skip("tracing other processes takes root")
-	}
+	testenv.NeedTracker(t, Probe)
+	testenv.NeedRoot(t) // for tracing other processes
 }
 
 // child is a process of the test, waited for by its pidfd first: see doc.go.

@@ -1,3 +1,5 @@
+//go:build amd64
+
 package dirtymap
 
 import (
@@ -18,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/lmctl/lmctl/internal/sys"
+	"github.com/lmctl/lmctl/internal/testenv"
 )
 
 func init() {
@@ -289,10 +292,7 @@ func TestIdleSyscallGoesOn(t *testing.T) {
 // sleeps with a time limit.
 func TestPlainProgram(t *testing.T) {
 	requireTracking(t)
-	path, err := exec.LookPath("sleep")
-	if err != nil {
-		t.Skip("needs sleep(1)")
-	}
+	path := testenv.NeedTool(t, "sleep")
 	c := start(t, exec.Command(path, "1000"))
 	waitInSyscall(t, c.PID, unix.SYS_CLOCK_NANOSLEEP)
 	fd, err := borrowUserfault(c.Process)

@@ -1,3 +1,5 @@
+//go:build amd64
+
 package dirtymap
 
 import (
@@ -12,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/lmctl/lmctl/internal/sys"
+	"github.com/lmctl/lmctl/internal/testenv"
 )
 
 const blockPages = blockSize / PageSize
@@ -168,7 +171,7 @@ func TestTransparentHugePages(t *testing.T) {
 	requireTracking(t)
 	dir := shmDir(t)
 	if err := unix.Mount("dirtymap-test", dir, "tmpfs", 0, "huge=always,size=64m"); err != nil {
-		t.Skipf("needs a tmpfs with huge pages: %v", err)
+		testenv.Lacks(t, "a tmpfs with huge pages", err)
 	}
 	t.Cleanup(func() {
 		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
@@ -200,7 +203,7 @@ func TestTransparentHugePages(t *testing.T) {
 		t.Errorf("after a split: pages %q", got)
 	}
 	if huge == 0 {
-		t.Skip("this kernel made no huge pages: their changes went untested")
+		testenv.Lacks(t, "huge pages in shared memory", errors.New("the kernel made none: their changes went untested"))
 	}
 }
 
