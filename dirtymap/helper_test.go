@@ -39,7 +39,7 @@ func TestMain(m *testing.M) {
 }
 
 // requireTracking skips a test where the kernel cannot track.
-func requireTracking(t *testing.T) {
+func requireTracking(t testing.TB) {
 	t.Helper()
 	testenv.NeedTracker(t, Probe)
 	testenv.NeedRoot(t) // for tracing other processes
@@ -54,7 +54,7 @@ type child struct {
 }
 
 // start starts a command and ends it with the test.
-func start(t *testing.T, cmd *exec.Cmd) *child {
+func start(t testing.TB, cmd *exec.Cmd) *child {
 	t.Helper()
 	c := &child{cmd: cmd}
 	var err error
@@ -85,7 +85,7 @@ func start(t *testing.T, cmd *exec.Cmd) *child {
 	return c
 }
 
-func startRole(t *testing.T, role string, args ...string) *child {
+func startRole(t testing.TB, role string, args ...string) *child {
 	t.Helper()
 	cmd := exec.Command("/proc/self/exe", args...)
 	cmd.Env = append(os.Environ(), roleEnv+"="+role)
@@ -93,7 +93,7 @@ func startRole(t *testing.T, role string, args ...string) *child {
 }
 
 // line reads one line of the child's output.
-func (c *child) line(t *testing.T) string {
+func (c *child) line(t testing.TB) string {
 	t.Helper()
 	s, err := c.out.ReadString('\n')
 	if err != nil {
@@ -103,7 +103,7 @@ func (c *child) line(t *testing.T) string {
 }
 
 // do has a target execute a command.
-func (c *child) do(t *testing.T, format string, args ...any) {
+func (c *child) do(t testing.TB, format string, args ...any) {
 	t.Helper()
 	if _, err := fmt.Fprintf(c.in, format+"\n", args...); err != nil {
 		t.Fatal(err)
@@ -122,7 +122,7 @@ type target struct {
 }
 
 // startTarget maps pages pages of a new file in dir, without touching any.
-func startTarget(t *testing.T, dir string, pages int) *target {
+func startTarget(t testing.TB, dir string, pages int) *target {
 	t.Helper()
 	path := filepath.Join(dir, "memory")
 	f, err := os.Create(path)
@@ -137,7 +137,7 @@ func startTarget(t *testing.T, dir string, pages int) *target {
 	return mapTarget(t, path, pages)
 }
 
-func mapTarget(t *testing.T, path string, pages int) *target {
+func mapTarget(t testing.TB, path string, pages int) *target {
 	t.Helper()
 	tg := &target{child: startRole(t, "target", path), path: path}
 	tg.Region.Size = uint64(pages) * PageSize
@@ -148,7 +148,7 @@ func mapTarget(t *testing.T, path string, pages int) *target {
 }
 
 // shmDir is a directory in memory that the test owns.
-func shmDir(t *testing.T) string {
+func shmDir(t testing.TB) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("/dev/shm", "dirtymap-test-")
 	if err != nil {
@@ -205,6 +205,15 @@ func obey(fd int, memory []byte, line string) error {
 	switch verb {
 	case "write":
 		for i := 0; i < len(b); i += PageSize {
+			b[i]++
+		}
+		return nil
+	case "every2", "every12":
+		step := 2
+		if verb == "every12" {
+			step = 12
+		}
+		for i := 0; i < len(b); i += step * PageSize {
 			b[i]++
 		}
 		return nil

@@ -8,14 +8,14 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/lmctl/lmctl/internal/testenv"
 )
 
 // The assembled sector that is checked in is the one that flat.S gives.
 func TestSectorMatchesSource(t *testing.T) {
 	for _, tool := range []string{"gcc", "ld"} {
-		if _, err := exec.LookPath(tool); err != nil {
-			t.Skipf("no %s to assemble flat.S with", tool)
-		}
+		testenv.NeedTool(t, tool)
 	}
 	dir := t.TempDir()
 	obj, bin := filepath.Join(dir, "flat.o"), filepath.Join(dir, "flat.bin")

@@ -10,6 +10,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/lmctl/lmctl/internal/testenv"
 )
 
 // machine is a flat guest under real KVM, for the life of a test.
@@ -21,15 +23,8 @@ type machine struct {
 
 func startMachine(t *testing.T, cfg Config) *machine {
 	t.Helper()
-	f, err := os.OpenFile("/dev/kvm", os.O_RDWR, 0)
-	if err != nil {
-		t.Skipf("no KVM on this machine: %v", err)
-	}
-	f.Close()
-	qemu, err := exec.LookPath("qemu-system-x86_64")
-	if err != nil {
-		t.Skip("no qemu-system-x86_64 in PATH")
-	}
+	testenv.NeedKVM(t)
+	qemu := testenv.NeedQEMU(t)
 	dir := t.TempDir()
 	img, err := cfg.Image()
 	if err != nil {

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/lmctl/lmctl/guest/control"
+	"github.com/lmctl/lmctl/internal/testenv"
 )
 
 func await(t *testing.T, what string, ok func() bool) {
@@ -150,7 +151,7 @@ func disk(t *testing.T, path string, s control.DiskSetting) (*Disk, *Problems) {
 	d, err := OpenDisk(path, s, 5, &problems)
 	if err != nil {
 		if strings.Contains(err.Error(), "invalid argument") {
-			t.Skipf("the file system of %s has no O_DIRECT: %v", path, err)
+			testenv.Lacks(t, "O_DIRECT in the file system of temporary folders", err)
 		}
 		t.Fatal(err)
 	}

@@ -13,6 +13,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/lmctl/lmctl/internal/testenv"
 )
 
 func unhex(t testing.TB, s string) []byte {
@@ -273,7 +275,7 @@ func TestRedirect(t *testing.T) {
 func TestAnnounceVLAN(t *testing.T) {
 	host, client, stranger := newSpace(t), newSpace(t), newSpace(t)
 	if err := host.addBridge("br0", true); errors.Is(err, unix.EOPNOTSUPP) {
-		t.Skip("needs a kernel with CONFIG_BRIDGE_VLAN_FILTERING")
+		testenv.Lacks(t, "a kernel with CONFIG_BRIDGE_VLAN_FILTERING", err)
 	} else if err != nil {
 		t.Fatal(err)
 	}

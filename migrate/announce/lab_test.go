@@ -16,6 +16,8 @@ import (
 	"github.com/vishvananda/netns"
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
+
+	"github.com/lmctl/lmctl/internal/testenv"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -36,9 +38,7 @@ type space struct {
 
 func newSpace(t *testing.T) space {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("needs root for network namespaces")
-	}
+	testenv.NeedRoot(t)
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	home, err := netns.Get()
@@ -48,7 +48,7 @@ func newSpace(t *testing.T) space {
 	defer home.Close()
 	ns, err := netns.New()
 	if errors.Is(err, unix.EPERM) {
-		t.Skip("needs CAP_SYS_ADMIN for network namespaces")
+		testenv.Missing(t, "CAP_SYS_ADMIN for network namespaces", err)
 	}
 	if err != nil {
 		t.Fatal(err)

@@ -9,15 +9,14 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/lmctl/lmctl/internal/testenv"
 )
 
 // The frames in the tap of a real QEMU whose guest is stopped, taken through a
 // duplicate of QEMU's own descriptor.
 func TestStrandedInQEMU(t *testing.T) {
-	qemu, err := exec.LookPath("qemu-system-x86_64")
-	if err != nil {
-		t.Skip("needs qemu-system-x86_64")
-	}
+	qemu := testenv.NeedQEMU(t)
 	n := newNetwork(t, 0)
 	const tap = "tap1"
 	cmd := exec.Command(qemu, "-machine", "pc,accel=tcg", "-nodefaults", "-display", "none", "-S",
@@ -36,6 +35,7 @@ func TestStrandedInQEMU(t *testing.T) {
 		}
 	})
 	var fds []int
+	var err error
 	eventually(t, "QEMU's tap", func() bool {
 		fds, err = TapFDs(cmd.Process.Pid, tap)
 		return err == nil
