@@ -102,9 +102,11 @@ func startFlat(t *testing.T, accel string, args ...string) *flatGuest {
 	// From now on somebody has to read what it says.
 	go func() { _, _ = g.out.WriteTo(discard{}) }()
 	g.mapMemory(t, ram)
-	if g.conn, err = net.Dial("unix", sock); err != nil {
+	conn, err := net.Dial("unix", sock)
+	if err != nil {
 		t.Fatal(err)
 	}
+	g.conn = conn
 	t.Cleanup(func() { g.conn.Close() })
 	g.qmp = json.NewDecoder(g.conn)
 	g.execute(t, "qmp_capabilities")
