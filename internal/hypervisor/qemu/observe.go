@@ -13,6 +13,7 @@ type Observer struct{ mon *monitor }
 type Event struct {
 	Name     string
 	Data     map[string]any
+	Stamp    time.Time // when QEMU says that it happened
 	Received time.Time
 }
 
@@ -52,7 +53,8 @@ func (e *Events) Next(ctx context.Context) (Event, error) {
 	if err != nil {
 		return Event{}, err
 	}
-	return Event{Name: ev.Event.Event, Data: ev.Data, Received: ev.received}, nil
+	stamp := time.Unix(ev.Timestamp.Seconds, ev.Timestamp.Microseconds*1000)
+	return Event{Name: ev.Event.Event, Data: ev.Data, Stamp: stamp, Received: ev.received}, nil
 }
 
 // Close ends the queue.

@@ -1,0 +1,174 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	"github.com/lmctl/lmctl/internal/api"
+	"github.com/lmctl/lmctl/internal/api/lmctlv1"
+	"github.com/lmctl/lmctl/migrate"
+)
+
+const migrateLong = `Moves a running guest to another host. Its memory is copied while it runs, in at
+most --max-passes passes; then it stops for some milliseconds, the rest follows,
+and it goes on at the destination, with its connections.
+
+Until the destination has all of it, any failure, and Ctrl-C, leaves the guest
+running where it is. The exit code says which it was: 0 moved, 3 refused before
+anything was copied, 4 failed or cancelled, 5 in doubt (see lmctl guest claim).`
+
+type migrateFlags struct {
+	maxPasses int32
+	target    time.Duration
+	bandwidth rateValue
+	streams   int32
+	verify    bool
+	timeout   time.Duration
+	detach    bool
+}
+
+func newMigrateCommand(o *options) *cobra.Command {
+	var f migrateFlags
+	cmd := &cobra.Command{
+		Use: "migrate GUEST HOST", Short: "Move a running guest to another host", Long: migrateLong,
+		Example: "  lmctl migrate web host2\n  lmctl migrate web host2 --verify --json\n  lmctl migrate web host2 --bandwidth 100MiB/s --detach",
+		Args:    takes("GUEST", "HOST"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			req := &lmctlv1.StartMigrationRequest{Guest: args[0], Destination: args[1], Options: f.options(cmd)}
+			return o.withAgent(func(c *api.Client) error { return o.migrate(cmd.Context(), c, req, f.detach) })
+		},
+	}
+	flags := cmd.Flags()
+	flags.Int32Var(&f.maxPasses, "max-passes", migrate.DefaultMaxPasses, "passes at most while the guest runs")
+	flags.DurationVar(&f.target, "downtime-target", migrate.DefaultDowntimeTarget, "switch over as soon as the rest can be sent in this time")
+	flags.Var(&f.bandwidth, "bandwidth", "limit while the guest runs, like 100MiB/s; 0 for none")
+	flags.Int32Var(&f.streams, "streams", migrate.DefaultStreams, "parallel connections, 1 to 16")
+	flags.BoolVar(&f.verify, "verify", false, "compare every page on both hosts while the guest stands still, which makes that longer")
+	flags.DurationVar(&f.timeout, "timeout", 0, "give up after this time; 0 for never")
+	flags.BoolVar(&f.detach, "detach", false, "print the migration's id and leave it to the agent")
+	return cmd
+}
+
+// options are those that were given; the agent has defaults for the rest.
+func (f *migrateFlags) options(cmd *cobra.Command) *lmctlv1.MigrationOptions {
+	given := func(name string) bool { return cmd.Flags().Changed(name) }
+	m := &lmctlv1.MigrationOptions{Verify: f.verify}
+	if given("max-passes") {
+		m.MaxPasses = &f.maxPasses
+	}
+	if given("downtime-target") {
+		m.DowntimeTarget = durationpb.New(f.target)
+	}
+	if given("bandwidth") {
+		n := int64(f.bandwidth)
+		m.Bandwidth = &n
+	}
+	if given("streams") {
+		m.Streams = &f.streams
+	}
+	if f.timeout > 0 {
+		m.Timeout = durationpb.New(f.timeout)
+	}
+	return m
+}
+
+func (o *options) migrate(ctx context.Context, c *api.Client, req *lmctlv1.StartMigrationRequest, detach bool) error {
+	m, err := c.Migrations.Start(ctx, req)
+	if err != nil {
+		return err
+	}
+	if detach {
+		if o.json {
+			return printJSON(o.out, map[string]string{"id": m.Id, "guest": m.Guest, "destination": m.Destination})
+		}
+		_, err := fmt.Fprintf(o.out, "%s\n", m.Id)
+		return err
+	}
+	return o.follow(ctx, c, m.Id, true)
+}
+
+// follow shows a migration to its end. With cancel, Ctrl-C cancels it.
+func (o *options) follow(ctx context.Context, c *api.Client, id string, cancel bool) error {
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	if cancel {
+		defer o.cancelOnInterrupt(ctx, c, id, stop)()
+	}
+	stream, err := c.Migrations.Watch(ctx, &lmctlv1.MigrationRequest{Id: id})
+	if err != nil {
+		return err
+	}
+	show := newProgress(o)
+	for {
+		m, err := stream.Recv()
+		if err != nil {
+			show.end()
+			if errors.Is(err, context.Canceled) {
+				return fmt.Errorf("left while migration %s is being cancelled; see lmctl migration show %s", id, id)
+			}
+			return fmt.Errorf("lost sight of migration %s, which goes on: %w", id, err)
+		}
+		show.update(m)
+		if m.Finished {
+			show.end()
+			return o.finish(m)
+		}
+	}
+}
+
+// cancelOnInterrupt cancels the migration at the first Ctrl-C and leaves at the
+// second. The returned function ends that.
+func (o *options) cancelOnInterrupt(ctx context.Context, c *api.Client, id string, leave func()) func() {
+	signals := make(chan os.Signal, 2)
+	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for asked := false; ; asked = true {
+			select {
+			case <-ctx.Done():
+				return
+			case <-signals:
+			}
+			if asked {
+				leave()
+				return
+			}
+			fmt.Fprintln(o.err, "cancelling; the guest stays where it is. Once more to leave at once")
+			if _, err := c.Migrations.Cancel(ctx, &lmctlv1.MigrationRequest{Id: id}); err != nil {
+				fmt.Fprintf(o.err, "lmctl: cancel: %v\n", err)
+			}
+		}
+	}()
+	return func() { signal.Stop(signals); leave(); <-done }
+}
+
+// finish prints the account of a finished migration and returns how it ended.
+func (o *options) finish(m *lmctlv1.Migration) error {
+	var r migrate.Report
+	if err := json.Unmarshal(m.Report, &r); err != nil {
+		return fmt.Errorf("read the report of migration %s: %w", m.Id, err)
+	}
+	if o.json {
+		if err := printJSON(o.out, &r); err != nil {
+			return err
+		}
+		if r.Result == migrate.Completed {
+			return nil
+		}
+		return &silentError{resultCode(r.Result)}
+	}
+	if r.Result != migrate.Completed {
+		return &migrationError{r.Result, fmt.Sprintf("migrate %s to %s: %s: %s", r.Guest, r.Destination, r.Result, r.Error)}
+	}
+	return o.printReport(&r)
+}

@@ -1,0 +1,305 @@
+package e2e
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/lmctl/lmctl/guest/flat"
+	"github.com/lmctl/lmctl/internal/api/lmctlv1"
+	"github.com/lmctl/lmctl/internal/lab"
+	"github.com/lmctl/lmctl/migrate"
+)
+
+// sourceStates and destinationStates are the states that a migration that
+// succeeds goes through.
+var (
+	sourceStates = []migrate.State{
+		migrate.SourcePreparing, migrate.SourceTracking, migrate.SourceCopying, migrate.SourceSuspending,
+		migrate.SourceFinalCopy, migrate.SourceReadyWait, migrate.SourceCommitting, migrate.SourceCommitted,
+		migrate.SourceHandedOver, migrate.SourceReleasing,
+	}
+	destinationStates = []migrate.State{
+		migrate.DestPreparing, migrate.DestReceiving, migrate.DestFinal, migrate.DestLoading,
+		migrate.DestReady, migrate.DestAccepted, migrate.DestRunning, migrate.DestOwned,
+	}
+)
+
+// fault is something that goes wrong while a migration stands at a state.
+type fault struct {
+	name string
+	do   func(*matrixCase)
+	// undo restarts what died and heals what was cut.
+	undo func(*matrixCase)
+}
+
+var faults = []fault{
+	{"kill source agent", func(m *matrixCase) { m.killAgent("host1") }, func(m *matrixCase) { m.startAgent("host1") }},
+	{"kill destination agent", func(m *matrixCase) { m.killAgent("host2") }, func(m *matrixCase) { m.startAgent("host2") }},
+	{"kill source QEMU", func(m *matrixCase) { m.killQEMU("host1") }, nil},
+	{"kill shell QEMU", func(m *matrixCase) { m.killQEMU("host2") }, nil},
+	{"cut link", (*matrixCase).cutLink, (*matrixCase).healLink},
+	{"cancel", (*matrixCase).cancel, nil},
+	{"destination out of memory", (*matrixCase).fillMemory, (*matrixCase).freeMemory},
+}
+
+// TestCrashMatrix holds a migration at each state of either side, does each of
+// the faults to it, restarts and heals, and checks that the guest runs once,
+// unharmed, and that nothing else is left.
+func TestCrashMatrix(t *testing.T) {
+	c := newCluster(t, smallMemory)
+	for _, side := range []struct {
+		role   string
+		states []migrate.State
+	}{{"source", sourceStates}, {"destination", destinationStates}} {
+		for _, state := range side.states {
+			for _, f := range faults {
+				name := fmt.Sprintf("%s %s/%s", side.role, state, f.name)
+				t.Run(strings.ReplaceAll(name, " ", "-"), func(t *testing.T) {
+					m := &matrixCase{cluster: c.in(t), role: side.role, state: state}
+					m.run(f)
+				})
+			}
+		}
+	}
+}
+
+// in is the cluster for a subtest.
+func (c *cluster) in(t *testing.T) *cluster {
+	sub := *c
+	sub.t = t
+	t.Cleanup(func() {
+		if t.Failed() {
+			sub.showLogs()
+		}
+	})
+	return &sub
+}
+
+// matrixCase is one cell of the matrix.
+type matrixCase struct {
+	*cluster
+	role  string
+	state migrate.State
+	guest *flatGuest
+	id    string
+
+	killedSource, killedShell bool // a QEMU was killed
+	ranAtKill                 bool // and its vCPUs may have run at the destination
+}
+
+const matrixGuest = "cell"
+
+func (m *matrixCase) run(f fault) {
+	m.guest = m.startFlat(matrixGuest, "host1", flat.Config{Memory: 32 << 20, Pages: 4000, Rate: 20000}, "")
+	defer m.removeGuest()
+	w := m.watchRunning(m.guest)
+	point := filepath.Join(m.failpoints, m.role+"."+string(m.state))
+	m.write(point)
+	m.id = m.start(matrixGuest, "host1", "host2", &lmctlv1.MigrationOptions{})
+	m.eventually("the migration reaches "+string(m.state), func() error {
+		_, err := os.Stat(point + ".reached")
+		return err
+	})
+	f.do(m)
+	m.remove(point, point+".reached")
+	if f.undo != nil {
+		f.undo(m)
+	}
+	host := m.settled()
+	w.never2()
+	if host != "" {
+		m.guest.goesOn(host)
+		w.never2()
+	}
+	m.nothingLeft(m.guest, host)
+}
+
+// settled waits until both agents agree on where the guest is, and returns the
+// host that runs it, or none if it has ended.
+func (m *matrixCase) settled() (host string) {
+	m.t.Helper()
+	m.eventually("both hosts settle", func() (err error) {
+		var running, ended []string
+		for _, h := range m.lab.Hosts() {
+			g, err := m.cluster.guest(h, matrixGuest)
+			switch {
+			case err != nil:
+				return err
+			case g == nil:
+			case g.Busy != "":
+				return fmt.Errorf("%s is busy with %s on %s", g.Name, g.Busy, h)
+			case g.State == "running":
+				running = append(running, h)
+			case g.State == "stopped" && g.End != nil && g.End.Cause != "":
+				ended = append(ended, h)
+			default:
+				return fmt.Errorf("the guest is %s on %s: %s", g.State, h, g.Advice)
+			}
+		}
+		switch {
+		case len(running) == 1 && len(ended) == 0:
+			host = running[0]
+			return nil
+		case len(running) == 0 && len(ended) == 1 && m.mayHaveEnded(ended[0]):
+			host = ""
+			return nil
+		}
+		return fmt.Errorf("running on %q, ended on %q", running, ended)
+	})
+	return host
+}
+
+// mayHaveEnded says whether the guest may be dead on a host: only where its one
+// running copy was killed.
+func (m *matrixCase) mayHaveEnded(host string) bool {
+	return host == "host1" && m.killedSource || host == "host2" && m.killedShell && m.ranAtKill
+}
+
+// removeGuest ends the guest wherever it is.
+func (m *matrixCase) removeGuest() {
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	for _, h := range m.lab.Hosts() {
+		g, err := m.cluster.guest(h, matrixGuest)
+		if err != nil {
+			m.t.Error(err)
+		}
+		if g == nil {
+			continue
+		}
+		guests := m.clients[h].Guests
+		if g.State != "stopped" {
+			if _, err := guests.Destroy(ctx, &lmctlv1.GuestRequest{Name: matrixGuest}); err != nil {
+				m.t.Error(err)
+			}
+		}
+		if _, err := guests.Undefine(ctx, &lmctlv1.GuestRequest{Name: matrixGuest}); err != nil {
+			m.t.Error(err)
+		}
+	}
+}
+
+func (m *matrixCase) killAgent(host string) {
+	if err := m.lab.KillAgent(m.t.Context(), host); err != nil {
+		m.t.Fatal(err)
+	}
+}
+
+func (m *matrixCase) startAgent(host string) {
+	if err := m.lab.StartAgent(m.t.Context(), host); err != nil {
+		m.t.Fatal(err)
+	}
+}
+
+// killQEMU kills a host's copy of the guest, and skips where there is none yet
+// or no more.
+func (m *matrixCase) killQEMU(host string) {
+	pids := qemusOf(m.t, m.guest.uuid, m.lab.RunDir(host))
+	if len(pids) == 0 {
+		m.t.Logf("no copy on %s at this state", host)
+		return
+	}
+	fd, err := unix.PidfdOpen(pids[0], 0)
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	if !slices.Equal(pids, qemusOf(m.t, m.guest.uuid, m.lab.RunDir(host))) {
+		m.t.Fatalf("processes %v changed", pids)
+	}
+	if err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); err != nil {
+		m.t.Fatal(err)
+	}
+	poll := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+	for {
+		_, err := unix.Poll(poll, int(patience/time.Millisecond))
+		if !errors.Is(err, unix.EINTR) {
+			break
+		}
+	}
+	if host == "host1" {
+		m.killedSource = true
+		return
+	}
+	m.killedShell = true
+	// Where the word is out, the vCPUs may have run when the kill came.
+	m.ranAtKill = m.role == "destination" && slices.Contains([]migrate.State{migrate.DestRunning, migrate.DestOwned}, m.state) ||
+		m.role == "source" && slices.Contains([]migrate.State{migrate.SourceHandedOver, migrate.SourceReleasing}, m.state)
+}
+
+// cutLink parts the hosts for longer than they wait for one another.
+func (m *matrixCase) cutLink() {
+	if err := m.lab.Cut("host2"); err != nil {
+		m.t.Fatal(err)
+	}
+}
+
+// healLink waits until the source has noticed before it heals, so that a cut
+// is never shorter than the peers' patience.
+func (m *matrixCase) healLink() {
+	report := m.wait("host1", m.id)
+	m.t.Logf("cut off: %s", report.Result)
+	if err := m.lab.Heal("host2"); err != nil {
+		m.t.Fatal(err)
+	}
+}
+
+func (m *matrixCase) cancel() {
+	_, err := m.clients["host1"].Migrations.Cancel(m.t.Context(), &lmctlv1.MigrationRequest{Id: m.id})
+	if err != nil {
+		m.t.Fatal(err)
+	}
+}
+
+// ballast is what fills a host's memory.
+const ballast = "ballast"
+
+// fillMemory takes all that is left of the destination's memory file system.
+func (m *matrixCase) fillMemory() {
+	path := filepath.Join(m.lab.MemoryDir("host2"), ballast)
+	f, err := os.Create(path)
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	defer f.Close()
+	var fs unix.Statfs_t
+	if err := unix.Fstatfs(int(f.Fd()), &fs); err != nil {
+		m.t.Fatal(err)
+	}
+	if err := unix.Fallocate(int(f.Fd()), 0, 0, int64(fs.Bavail)*fs.Bsize); err != nil {
+		m.t.Fatal(err)
+	}
+}
+
+func (m *matrixCase) freeMemory() {
+	// What the failure, if there is one, leads to comes first.
+	report := m.wait("host1", m.id)
+	m.t.Logf("out of memory: %s %s", report.Result, report.Error)
+	m.remove(filepath.Join(m.lab.MemoryDir("host2"), ballast))
+}
+
+func (m *matrixCase) write(path string) {
+	if err := os.WriteFile(path, nil, 0o600); err != nil {
+		m.t.Fatal(err)
+	}
+}
+
+func (m *matrixCase) remove(paths ...string) {
+	for _, p := range paths {
+		if err := os.Remove(p); err != nil {
+			m.t.Fatal(err)
+		}
+	}
+}
+
+// smallMemory leaves a host little room for guests.
+func smallMemory(o *lab.Options) { o.MemoryLimit = 96 << 20 }
