@@ -44,4 +44,11 @@ require (
 	gopkg.in/yaml.v3 v3.0.1
 )
 
-require github.com/digitalocean/go-libvirt v0.0.0-20241216201552-9fbdb61a21af // indirect
+require (
+	github.com/beorn7/perks v1.0.1 // indirect
+	github.com/digitalocean/go-libvirt v0.0.0-20241216201552-9fbdb61a21af // indirect
+	github.com/munnerz/goautoneg v0.0.0-20191010083416-a7dc8b61c822 // indirect
+	github.com/prometheus/client_model v0.6.3 // indirect
+	github.com/prometheus/common v0.72.0 // indirect
+	github.com/prometheus/procfs v0.22.0 // indirect
+)
