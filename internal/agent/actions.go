@@ -1,0 +1,224 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+
+	"github.com/lmctl/lmctl/internal/hypervisor/qemu"
+	"github.com/lmctl/lmctl/internal/ledger"
+	"github.com/lmctl/lmctl/migrate"
+)
+
+// carryOut does what was decided about a guest. The guest's openGuest is held.
+func (s *settler) carryOut(ctx context.Context, action ledger.Action, r ledger.Record, f ledger.Facts, peer *ledger.Statement, g *openGuest) error {
+	ctx = context.WithoutCancel(ctx) // what has been decided is done
+	switch action {
+	case ledger.Resume:
+		return s.resume(ctx, r, f)
+	case ledger.Run:
+		return s.run(ctx, r, f, g)
+	case ledger.OwnCrashed:
+		return s.ownCrashed(ctx, r, g)
+	case ledger.Withdraw:
+		return errors.Join(s.endShell(ctx, r.Guest, g), s.a.ledger.Withdraw(ctx, *r.Handover))
+	case ledger.Drop:
+		return s.drop(ctx, r, f, g)
+	case ledger.Release:
+		if err := s.removeCopy(ctx, r.Guest); err != nil {
+			return err
+		}
+		return s.a.ledger.Forget(ctx, *r.Handover)
+	case ledger.Reclaim:
+		if err := s.a.ledger.Reclaim(ctx, *r.Handover); err != nil {
+			return err
+		}
+		return s.goOn(ctx, r.Guest, f)
+	case ledger.Suspend:
+		return s.suspend(ctx, r, f)
+	case ledger.Yield:
+		if err := s.removeCopy(ctx, r.Guest); err != nil {
+			return err
+		}
+		return s.a.ledger.Yield(ctx, r.Guest, peer.Epoch)
+	}
+	return fmt.Errorf("agent: no such action %q", action)
+}
+
+// resume puts a suspended guest of this host back into life.
+func (s *settler) resume(ctx context.Context, r ledger.Record, f ledger.Facts) error {
+	if err := s.goOn(ctx, r.Guest, f); err != nil {
+		return err
+	}
+	if r.State == ledger.Moving {
+		return s.a.ledger.Cancel(ctx, *r.Handover)
+	}
+	return nil
+}
+
+// goOn resumes a suspended copy, if there is one.
+func (s *settler) goOn(ctx context.Context, guest string, f ledger.Facts) error {
+	if f.Copy != ledger.PausedCopy {
+		return nil
+	}
+	held, err := s.a.driver.Source(guest)
+	if err != nil {
+		return err
+	}
+	return errors.Join(held.Resume(ctx), held.Close())
+}
+
+// run starts a shell whose handover is certain.
+func (s *settler) run(ctx context.Context, r ledger.Record, f ledger.Facts, g *openGuest) error {
+	if f.Copy == ledger.RunningCopy { // all that is missing is the note
+		return errors.Join(s.a.ledger.Accept(ctx, *r.Handover), s.a.ledger.Own(ctx, *r.Handover))
+	}
+	in, found, err := s.shell(r, g)
+	if err != nil {
+		return err
+	}
+	err = s.a.receiver.Finish(ctx, in)
+	if found != nil && errors.Is(err, migrate.ErrNotStarted) {
+		err = errors.Join(err, found.Close())
+	}
+	s.dropShell(g)
+	return err
+}
+
+// shell is the shell of a record: the one that the receiver left, or the one
+// that an earlier agent did.
+func (s *settler) shell(r ledger.Record, g *openGuest) (migrate.Incoming, foundShell, error) {
+	s.mu.Lock()
+	in := g.shell
+	s.mu.Unlock()
+	if in != nil && in.Handover.ID == r.Handover.ID {
+		return *in, nil, nil
+	}
+	found, _, err := s.a.driver.ShellOf(r.Guest)
+	if err != nil {
+		return migrate.Incoming{}, nil, err
+	}
+	return migrate.Incoming{Handover: *r.Handover, Shell: found}, found, nil
+}
+
+func (s *settler) dropShell(g *openGuest) {
+	s.mu.Lock()
+	g.shell = nil
+	s.mu.Unlock()
+}
+
+// ownCrashed makes a guest this host's whose process has ended.
+func (s *settler) ownCrashed(ctx context.Context, r ledger.Record, g *openGuest) error {
+	if err := s.restoreDefinition(r.Guest); err != nil {
+		return err
+	}
+	s.dropShell(g)
+	return s.a.ledger.Own(ctx, *r.Handover)
+}
+
+// restoreDefinition defines a guest again that the driver has forgotten
+// together with its shell.
+func (s *settler) restoreDefinition(guest string) error {
+	if _, err := s.a.driver.Get(guest); !errors.Is(err, qemu.ErrNotFound) {
+		return err
+	}
+	text, ok := s.a.kept.get(guest)
+	if !ok {
+		s.a.log.Error("a guest is this host's, but its definition is lost: define it again", "guest", guest)
+		return nil
+	}
+	_, err := s.a.driver.Define(text)
+	return err
+}
+
+// endShell destroys what is left of a shell.
+func (s *settler) endShell(ctx context.Context, guest string, g *openGuest) error {
+	s.mu.Lock()
+	in := g.shell
+	s.mu.Unlock()
+	if in != nil {
+		if err := in.Shell.Destroy(ctx); err != nil {
+			return err
+		}
+		s.dropShell(g)
+		return nil
+	}
+	found, _, err := s.a.driver.ShellOf(guest)
+	var state *qemu.StateError
+	if errors.Is(err, qemu.ErrNotFound) || errors.As(err, &state) && state.State == qemu.StateStopped {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if err := found.Destroy(ctx); err != nil {
+		return errors.Join(err, found.Close())
+	}
+	return nil
+}
+
+// drop removes what is left here of a guest that this host need not answer for.
+func (s *settler) drop(ctx context.Context, r ledger.Record, f ledger.Facts, g *openGuest) error {
+	switch {
+	case f.Copy == ledger.NoCopy:
+	case f.Shell:
+		if err := s.endShell(ctx, r.Guest, g); err != nil {
+			return err
+		}
+	default:
+		if err := s.removeCopy(ctx, r.Guest); err != nil {
+			return err
+		}
+	}
+	if r.State == ledger.Prepared || r.State == ledger.Withdrawn {
+		return s.a.ledger.Drop(ctx, *r.Handover)
+	}
+	return nil
+}
+
+// removeCopy removes all that this host has of a guest but its disks. It does
+// not touch one whose vCPUs run.
+func (s *settler) removeCopy(ctx context.Context, guest string) error {
+	info, err := s.a.driver.Get(guest)
+	if errors.Is(err, qemu.ErrNotFound) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if info.PID == 0 {
+		return s.a.driver.Undefine(guest)
+	}
+	if c, _ := s.a.copyOf(guest); c != ledger.PausedCopy {
+		return fmt.Errorf("agent: guest %s runs here and is not removed", guest)
+	}
+	held, err := s.a.driver.Source(guest)
+	if err != nil {
+		return err
+	}
+	return errors.Join(held.Release(ctx), held.Close())
+}
+
+// suspend stops a guest that another host owns by a higher right.
+func (s *settler) suspend(ctx context.Context, r ledger.Record, f ledger.Facts) error {
+	if r.State == ledger.Moving {
+		if err := s.a.ledger.Cancel(ctx, *r.Handover); err != nil {
+			return err
+		}
+	}
+	if r.State == ledger.Owned || r.State == ledger.Moving {
+		if err := s.a.ledger.Contest(ctx, r.Guest); err != nil {
+			return err
+		}
+	}
+	if f.Copy != ledger.RunningCopy {
+		return nil
+	}
+	held, err := s.a.driver.Source(r.Guest)
+	if err != nil {
+		return err
+	}
+	_, err = held.Suspend(ctx, io.Discard)
+	return errors.Join(err, held.Close())
+}

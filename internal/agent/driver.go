@@ -1,0 +1,111 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/lmctl/lmctl/dirtymap"
+	"github.com/lmctl/lmctl/internal/hypervisor/qemu"
+	"github.com/lmctl/lmctl/internal/ledger"
+	"github.com/lmctl/lmctl/migrate"
+)
+
+// driver is what the agent needs of a hypervisor. See package qemu for what
+// each method promises.
+type driver interface {
+	migrate.Host
+	Adopt(ctx context.Context) error
+	Close() error
+	Define(text []byte) (*qemu.Definition, error)
+	Undefine(name string) error
+	Start(ctx context.Context, name string) error
+	Stop(ctx context.Context, name string, timeout time.Duration) error
+	Destroy(ctx context.Context, name string) error
+	List() []qemu.Info
+	Get(name string) (qemu.Info, error)
+	Watch(ctx context.Context) <-chan qemu.Info
+	Source(name string) (sourceGuest, error)
+	ShellOf(name string) (foundShell, bool, error)
+}
+
+// sourceGuest is a guest held for one migration.
+type sourceGuest interface {
+	migrate.Guest
+	Close() error
+}
+
+// foundShell is the shell of an earlier agent.
+type foundShell interface {
+	migrate.Shell
+	Close() error
+}
+
+// qemuDriver is the embedded hypervisor.
+type qemuDriver struct{ *qemu.Driver }
+
+func (d qemuDriver) Source(name string) (sourceGuest, error) {
+	g, err := d.Driver.Source(name)
+	if err != nil {
+		return nil, err
+	}
+	return g, nil
+}
+
+func (d qemuDriver) ShellOf(name string) (foundShell, bool, error) {
+	s, ran, err := d.Driver.ShellOf(name)
+	if err != nil {
+		return nil, false, err
+	}
+	return s, ran, nil
+}
+
+// newDriver makes the driver that the configuration asks for.
+func (a *Agent) newDriver() (driver, error) {
+	d, err := qemu.New(qemu.Config{
+		StateDir: a.cfg.StateDir, RunDir: a.cfg.RunDir, MemoryDir: a.cfg.MemoryDir,
+		MemoryReserve: int64(a.cfg.MemoryReserve), Log: a.log,
+	})
+	if err != nil {
+		return nil, err
+	}
+	return qemuDriver{d}, nil
+}
+
+// copyOf says what this host has of a guest, as the ledger's rules see it. A
+// guest that is stopped for a reason of its own, or by an operator, counts as
+// running: a migration has nothing to do with that.
+func (a *Agent) copyOf(name string) (c ledger.Copy, shell bool) {
+	info, err := a.driver.Get(name)
+	switch {
+	case err != nil || info.PID == 0:
+		return ledger.NoCopy, false
+	case info.State == qemu.StateIncoming:
+		return ledger.PausedCopy, true
+	case info.Suspended || info.State == qemu.StateMigrating:
+		return ledger.PausedCopy, false
+	}
+	return ledger.RunningCopy, false
+}
+
+// cleanTrackers takes out of the adopted hypervisors what the tracker of an
+// agent that died may have left there.
+func (a *Agent) cleanTrackers() {
+	for _, info := range a.driver.List() {
+		if info.PID == 0 || info.State == qemu.StateIncoming {
+			continue
+		}
+		if err := a.cleanTracker(info.Name); err != nil && !errors.Is(err, dirtymap.ErrUnsupported) {
+			a.log.Warn("a tracker may be left in the guest's process", "guest", info.Name, "error", err)
+		}
+	}
+}
+
+func (a *Agent) cleanTracker(name string) error {
+	g, err := a.driver.Source(name)
+	if err != nil {
+		return fmt.Errorf("agent: %w", err)
+	}
+	return errors.Join(dirtymap.CleanUp(g.Process()), g.Close())
+}

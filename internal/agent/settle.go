@@ -1,0 +1,257 @@
+package agent
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/lmctl/lmctl/internal/ledger"
+	"github.com/lmctl/lmctl/migrate"
+)
+
+// The pauses between two attempts to settle a guest: short at first, since the
+// other agent often just restarts, and never so long that an operator would
+// wait for it.
+const (
+	settleFirst = 100 * time.Millisecond
+	settleLast  = 5 * time.Second
+)
+
+// settler brings every guest whose ownership is open to a decision, by the
+// rules of package ledger: it asks the other host until that answers, and does
+// what follows.
+type settler struct {
+	a *Agent
+
+	mu        sync.Mutex
+	guests    map[string]*openGuest
+	connected bool // loops may ask other hosts
+}
+
+// openGuest is what the settler keeps of one guest.
+type openGuest struct {
+	act sync.Mutex // held while something is being done about the guest
+
+	// Guarded by the settler's mu.
+	decision ledger.Decision
+	shell    *migrate.Incoming // left by the receiver
+	looping  bool
+	wake     chan struct{}
+}
+
+func newSettler(a *Agent) *settler {
+	return &settler{a: a, guests: make(map[string]*openGuest)}
+}
+
+func (s *settler) guest(name string) *openGuest {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	g := s.guests[name]
+	if g == nil {
+		g = &openGuest{wake: make(chan struct{}, 1)}
+		s.guests[name] = g
+	}
+	return g
+}
+
+// begin settles what can be settled without asking, when the agent starts.
+func (s *settler) begin(ctx context.Context) {
+	names := make(map[string]bool)
+	for _, r := range s.a.ledger.List() {
+		names[r.Guest] = true
+	}
+	for _, info := range s.a.driver.List() {
+		names[info.Name] = true
+	}
+	for name := range names {
+		if s.a.ledger.Owns(name) == nil {
+			if err := s.restoreDefinition(name); err != nil {
+				s.a.log.Error("a guest of this host cannot be defined again", "guest", name, "error", err)
+			}
+		}
+		d := s.settle(ctx, name, nil)
+		s.a.log.Debug("guest looked at", "guest", name, "action", d.Action, "reason", d.Reason)
+	}
+}
+
+// connect lets the loops begin: the other hosts can reach this one.
+func (s *settler) connect() {
+	s.mu.Lock()
+	s.connected = true
+	names := make([]string, 0, len(s.guests))
+	for name := range s.guests {
+		names = append(names, name)
+	}
+	s.mu.Unlock()
+	for _, name := range names {
+		s.kick(name)
+	}
+}
+
+// undecided is the receiver's Undecided.
+func (s *settler) undecided(in migrate.Incoming) {
+	g := s.guest(in.Handover.Guest)
+	s.mu.Lock()
+	g.shell = &in
+	s.mu.Unlock()
+	s.a.log.Warn("the source was lost before it said whether the guest is ours", "guest", in.Handover.Guest, "migration", in.Handover.ID, "source", in.Handover.Source)
+	s.kick(in.Handover.Guest)
+}
+
+// doubt is what an operator has to know about a guest that is not settled, or
+// nothing.
+func (s *settler) doubt(guest string) (string, bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	g := s.guests[guest]
+	if g == nil {
+		return "", false
+	}
+	switch g.decision.Action {
+	case ledger.Ask, ledger.Wait, ledger.Doubt:
+		return g.decision.Reason, true
+	}
+	return "", false
+}
+
+// kick looks at a guest again soon, and keeps looking while it is open.
+func (s *settler) kick(name string) {
+	g := s.guest(name)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	select {
+	case g.wake <- struct{}{}:
+	default:
+	}
+	if g.looping || !s.connected || s.a.life.Err() != nil {
+		return
+	}
+	g.looping = true
+	s.a.wg.Go(func() { s.loop(s.a.life, name, g) })
+}
+
+// loop settles a guest until nothing is open.
+func (s *settler) loop(ctx context.Context, name string, g *openGuest) {
+	pause := settleFirst
+	for {
+		select {
+		case <-g.wake:
+		default:
+		}
+		d := s.ask(ctx, name)
+		s.mu.Lock()
+		open := d.Action == ledger.Ask || d.Action == ledger.Wait || d.Action == ledger.Doubt && s.otherHost(name) != ""
+		if !open && len(g.wake) == 0 || ctx.Err() != nil {
+			g.looping = false
+			s.mu.Unlock()
+			return
+		}
+		s.mu.Unlock()
+		timer := time.NewTimer(pause)
+		select {
+		case <-timer.C:
+			pause = min(2*pause, settleLast)
+		case <-g.wake:
+			timer.Stop()
+			pause = settleFirst
+		case <-ctx.Done():
+			timer.Stop()
+		}
+	}
+}
+
+// otherHost is the host at the other end of the handover that a guest's record
+// is about, or nothing.
+func (s *settler) otherHost(name string) string {
+	h := s.a.ledger.Get(name).Handover
+	switch {
+	case h == nil:
+		return ""
+	case h.Source == s.a.cfg.Name:
+		return h.Destination
+	}
+	return h.Source
+}
+
+// ask settles a guest with the other host's statement, if it is needed and can
+// be had.
+func (s *settler) ask(ctx context.Context, name string) ledger.Decision {
+	d := s.settle(ctx, name, nil)
+	other := s.otherHost(name)
+	if d.Action != ledger.Ask && d.Action != ledger.Wait && d.Action != ledger.Doubt || other == "" {
+		return d
+	}
+	peer, err := s.a.peers.settle(ctx, other, s.say(name))
+	if err != nil {
+		s.a.log.Debug("cannot ask about a guest", "guest", name, "peer", other, "error", err)
+		return d
+	}
+	return s.settle(ctx, name, peer)
+}
+
+// say is this host's statement about a guest.
+func (s *settler) say(name string) ledger.Statement {
+	return ledger.Say(s.a.ledger.Get(name), s.facts(name))
+}
+
+func (s *settler) facts(name string) ledger.Facts {
+	// Whether a migration is under way is looked at last: one that ends in
+	// between has then left its record behind.
+	c, shell := s.a.copyOf(name)
+	return ledger.Facts{Host: s.a.cfg.Name, Boot: s.a.ledger.Boot(), Copy: c, Shell: shell,
+		Busy: s.a.moves.busy(name) || s.a.inbound.busy(name)}
+}
+
+// maxActions bounds what one look at a guest may lead to: each action brings
+// its record closer to rest.
+const maxActions = 6
+
+// settle does whatever is to be done about a guest, given what the other host
+// says or nil, and returns what is left.
+func (s *settler) settle(ctx context.Context, name string, peer *ledger.Statement) ledger.Decision {
+	g := s.guest(name)
+	g.act.Lock()
+	defer g.act.Unlock()
+	var d ledger.Decision
+	for range maxActions {
+		// The facts before the record, for the same reason as above.
+		facts := s.facts(name)
+		record := s.a.ledger.Get(name)
+		d = ledger.Decide(record, facts, peer)
+		if !acts(d.Action) {
+			break
+		}
+		log := s.a.log.With("guest", name, "action", string(d.Action), "reason", d.Reason)
+		if err := s.carryOut(ctx, d.Action, record, facts, peer, g); err != nil {
+			log.Error("settling a guest failed", "error", err)
+			d = ledger.Decision{Action: ledger.Wait, Reason: fmt.Sprintf("%s, but: %v", d.Reason, err)}
+			break
+		}
+		log.Info("settled a step")
+		if d.Action == ledger.Withdraw {
+			peer = nil // whether the other host knows of it has to be asked afresh
+		}
+	}
+	s.note(g, name, d)
+	return d
+}
+
+func acts(a ledger.Action) bool {
+	switch a {
+	case ledger.Rest, ledger.Wait, ledger.Ask, ledger.Doubt:
+		return false
+	}
+	return true
+}
+
+func (s *settler) note(g *openGuest, name string, d ledger.Decision) {
+	s.mu.Lock()
+	before := g.decision
+	g.decision = d
+	s.mu.Unlock()
+	if d != before && (d.Action == ledger.Doubt || d.Action == ledger.Ask) {
+		s.a.log.LogAttrs(context.Background(), slog.LevelWarn, "guest is in doubt", slog.String("guest", name), slog.String("reason", d.Reason))
+	}
+}
