@@ -280,9 +280,7 @@ func (in *injection) call(nr uint64, args ...uint64) (uint64, error) {
 		return 0, in.died(err)
 	}
 	if out.Rax == nr { // no result that these calls have
-		if err := in.takeSIGSYS(); err != nil {
-			return 0, err
-		}
+		return 0, in.takeSIGSYS()
 	}
 	if e := -int64(out.Rax); e > 0 && e < 4096 {
 		return 0, unix.Errno(e)

@@ -15,7 +15,7 @@ const (
 	// maxGap is how many clean pages between two written ones are protected
 	// once more with them. Each protecting scan makes KVM flush its TLBs; each
 	// page that KVM has mapped and loses costs the guest a fault.
-	maxGap = 8
+	maxGap = 16
 	// maxProtect bounds a protecting call, in bytes: until it returns, KVM maps
 	// nothing in its range, and vCPUs that touch it wait.
 	maxProtect = 16 * blockSize

@@ -5,16 +5,11 @@ package dirtymap
 import (
 	"errors"
 	"fmt"
-	"math"
 	"math/rand/v2"
-	"os"
 	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
-
-	"github.com/lmctl/lmctl/internal/sys"
-	"github.com/lmctl/lmctl/internal/testenv"
 )
 
 const blockPages = blockSize / PageSize
@@ -165,65 +160,6 @@ func TestVanishedTables(t *testing.T) {
 	}
 }
 
-// TestTransparentHugePages: whatever the kernel does to a huge page that was
-// written, nothing is lost.
-func TestTransparentHugePages(t *testing.T) {
-	requireTracking(t)
-	dir := shmDir(t)
-	if err := unix.Mount("dirtymap-test", dir, "tmpfs", 0, "huge=always,size=64m"); err != nil {
-		testenv.Lacks(t, "a tmpfs with huge pages", err)
-	}
-	t.Cleanup(func() {
-		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
-			t.Error(err)
-		}
-	})
-	tg := startTarget(t, dir, 4*blockPages)
-	tg.do(t, "write 0 1024")
-	huge := tg.hugePages(t)
-	tr := attach(t, tg)
-	for _, step := range []struct{ do, want string }{
-		{"write 3 4", "3"},
-		{"write 1024 1025", "1024-1535"}, // new, and huge: the file holds all of it
-		{"write 1100 1101", "1100"},
-		{"write 1536 1537", "1536-2047"},
-		{"read 0 2048", ""},
-	} {
-		tg.do(t, "%s", step.do)
-		if huge == 0 {
-			step.want = strings.Split(step.want, "-")[0]
-		}
-		if got := tg.collect(t, tr); got != step.want {
-			t.Errorf("%s: pages %q, want %q", step.do, got, step.want)
-		}
-	}
-	tg.do(t, "write 600 601")
-	tg.do(t, "split 512 700")
-	if got := tg.collect(t, tr); got != "600" {
-		t.Errorf("after a split: pages %q", got)
-	}
-	if huge == 0 {
-		testenv.Lacks(t, "huge pages in shared memory", errors.New("the kernel made none: their changes went untested"))
-	}
-}
-
-// hugePages returns how much is mapped by huge pages, in KiB.
-func (tg *target) hugePages(t *testing.T) (kib int) {
-	t.Helper()
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", tg.PID))
-	if err != nil {
-		t.Fatal(err)
-	}
-	for line := range strings.Lines(string(b)) {
-		if v, ok := strings.CutPrefix(line, "ShmemPmdMapped:"); ok {
-			if _, err := fmt.Sscan(v, &kib); err != nil {
-				t.Fatal(err)
-			}
-		}
-	}
-	return kib
-}
-
 // TestMappedAnew: memory that is mapped anew is not tracked, and that is an error.
 func TestMappedAnew(t *testing.T) {
 	requireTracking(t)
@@ -233,87 +169,6 @@ func TestMappedAnew(t *testing.T) {
 	tg.do(t, "remap 512 1024")
 	if err := tr.Peek([]*Bitmap{New(3 * blockPages)}); !errors.Is(err, unix.EPERM) {
 		t.Errorf("peek: %v", err)
-	}
-}
-
-func TestAttachErrors(t *testing.T) {
-	requireTracking(t)
-	tg := startTarget(t, shmDir(t), 8)
-	other := startTarget(t, shmDir(t), 8)
-	dead := startTarget(t, shmDir(t), 8)
-	killAndReap(t, dead.child)
-	zombie := startTarget(t, shmDir(t), 8)
-	if err := zombie.cmd.Process.Kill(); err != nil {
-		t.Fatal(err)
-	}
-	if err := sys.WaitPidfd(t.Context(), zombie.PIDFD); err != nil {
-		t.Fatal(err)
-	}
-	r := tg.Region
-	for _, c := range []struct {
-		name    string
-		process Process
-		region  Region
-		want    error
-		text    string
-	}{
-		{"another process' pidfd", Process{tg.PID, other.PIDFD}, r, ErrMismatch, ""},
-		{"reaped", dead.Process, r, ErrExited, ""},
-		{"not reaped", zombie.Process, r, ErrExited, ""},
-		{"no pidfd", Process{tg.PID, 0}, r, unix.EBADF, "no pidfd"},
-		{"nothing mapped", tg.Process, Region{Addr: r.Addr, Size: r.Size + PageSize<<20}, nil, "nothing is mapped"},
-		{"not aligned", tg.Process, Region{Addr: r.Addr + 1, Size: PageSize}, nil, "not made of pages"},
-		{"overflow", tg.Process, Region{Addr: r.Addr, Size: -r.Addr - PageSize}, nil, "nothing is mapped"},
-		{"beyond all addresses", tg.Process, Region{Addr: r.Addr, Size: math.MaxUint64 - PageSize + 1}, nil, "not made of pages"},
-	} {
-		t.Run(c.name, func(t *testing.T) {
-			tr, err := Attach(c.process, []Region{c.region})
-			if err == nil {
-				tr.Close()
-				t.Fatal("attached")
-			}
-			if c.want != nil && !errors.Is(err, c.want) || !strings.Contains(err.Error(), c.text) {
-				t.Errorf("%v", err)
-			}
-		})
-	}
-	tg.noUserfaultfd(t)
-}
-
-// TestTraced: a process has one tracer, and the error says which.
-func TestTraced(t *testing.T) {
-	requireTracking(t)
-	v := startVictim(t)
-	tracer := startRole(t, "tracer", fmt.Sprint(v.PID), "seized")
-	tracer.line(t)
-	_, err := Attach(v.Process, nil)
-	var traced *TracedError
-	if !errors.Is(err, ErrTraced) || !errors.As(err, &traced) || traced.Tracer != tracer.PID {
-		t.Errorf("%v; its tracer is %d", err, tracer.PID)
-	}
-	killAndReap(t, tracer)
-	tr, err := Attach(v.Process, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := tr.Close(); err != nil {
-		t.Error(err)
-	}
-	v.healthy(t)
-}
-
-// TestFailsAfterCreation: what fails late leaves nothing in the process either.
-func TestFailsAfterCreation(t *testing.T) {
-	requireTracking(t)
-	tg := startTarget(t, shmDir(t), 8)
-	first := attach(t, tg)
-	if _, err := Attach(tg.Process, []Region{tg.Region}); !errors.Is(err, unix.EBUSY) {
-		t.Errorf("second tracker: %v", err)
-	}
-	tg.noUserfaultfd(t)
-	tg.do(t, "write 2 3")
-	if got := tg.collect(t, first); got != "2" {
-		t.Errorf("the first tracker finds pages %q", got)
 	}
 }
 
