@@ -151,7 +151,8 @@ func (v *vm) adoptRunning(ctx context.Context, inst *instance) error {
 	if _, err := os.Stat(v.files.suspension()); err == nil && !incoming {
 		v.change(func() { inst.suspended = true })
 	}
-	if incoming && runstate == "running" {
+	_, statErr := os.Stat(v.files.resumed())
+	if incoming && (runstate == "running" || statErr == nil) {
 		// It was told to run, and the agent died before it noted that.
 		if err := v.settleIn(ctx, inst); err != nil {
 			return err

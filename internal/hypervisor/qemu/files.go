@@ -29,6 +29,9 @@ func (f files) console() string    { return filepath.Join(f.run, "console.sock")
 // removed when they are as they were.
 func (f files) suspension() string { return filepath.Join(f.run, "suspension.json") }
 
+// resumed is written before the CPUs of a shell are told to run.
+func (f files) resumed() string { return filepath.Join(f.run, "resumed") }
+
 // memorySuffix ends the name of every memory file.
 const memorySuffix = ".ram"
 

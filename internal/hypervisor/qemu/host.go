@@ -111,25 +111,45 @@ func (d *Driver) examine(ctx context.Context, b *bundle, def *Definition) (*runR
 }
 
 // examineMemory compares what the guest needs with what is free. The guest's
-// holes may never be filled, but nobody can tell now.
+// holes may never be filled, but nobody can tell now; the same goes for those
+// that are on their way here already.
 func (d *Driver) examineMemory(need int64) []string {
 	var reasons []string
+	promised := d.promisedMemory()
 	available, err := memAvailable()
 	switch {
 	case err != nil:
 		reasons = append(reasons, err.Error())
-	case available-d.cfg.MemoryReserve < need:
-		reasons = append(reasons, fmt.Sprintf("this host has %s of memory available, the guest needs %s and %s stay in reserve; free some, or choose another host",
-			roundMiB(available), Size(need), Size(d.cfg.MemoryReserve)))
+	case available-promised-d.cfg.MemoryReserve < need:
+		reasons = append(reasons, fmt.Sprintf("this host has %s of memory available, of which %s are promised to other guests on their way here and %s stay in reserve, and the guest needs %s; free some, or choose another host",
+			roundMiB(available), roundMiB(promised), Size(d.cfg.MemoryReserve), Size(need)))
 	}
 	var fs unix.Statfs_t
 	if err := unix.Statfs(d.cfg.MemoryDir, &fs); err != nil {
 		return append(reasons, (&os.PathError{Op: "statfs", Path: d.cfg.MemoryDir, Err: err}).Error())
 	}
-	if free := int64(fs.Bavail) * fs.Bsize; fs.Blocks > 0 && free < need {
+	// A tmpfs without a limit says that it has no blocks at all.
+	if free := int64(fs.Bavail)*fs.Bsize - promised; fs.Blocks > 0 && free < need {
 		reasons = append(reasons, fmt.Sprintf("%s has room for %s, the guest needs %s; make that tmpfs larger", d.cfg.MemoryDir, roundMiB(free), Size(need)))
 	}
 	return reasons
+}
+
+// promisedMemory is what the guests on their way here have not filled yet.
+func (d *Driver) promisedMemory() int64 {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	var sum int64
+	for _, v := range d.guests {
+		if v.info().State != StateIncoming {
+			continue
+		}
+		var st unix.Stat_t
+		if err := unix.Stat(v.files.memory, &st); err == nil {
+			sum += max(0, int64(v.def.Memory)-st.Blocks*512)
+		}
+	}
+	return sum
 }
 
 func roundMiB(n int64) Size { return Size(max(n, 0) &^ (1<<20 - 1)) }

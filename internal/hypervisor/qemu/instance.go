@@ -248,7 +248,8 @@ func (v *vm) retire(inst *instance, end End) {
 func (v *vm) quit(inst *instance) {
 	ctx, cancel := context.WithTimeout(v.d.ctx, quitTimeout)
 	defer cancel()
-	if err := v.monitor(inst).run(ctx, "quit", nil, nil); err == nil {
+	err := v.monitor(inst).run(ctx, "quit", nil, nil)
+	if err == nil || errors.Is(err, errMonitorClosed) {
 		select {
 		case <-inst.proc.done:
 			return

@@ -195,11 +195,18 @@ func (p *process) kill(ctx context.Context) error {
 // signal does nothing to a process that has ended.
 func (p *process) signal(sig unix.Signal) error {
 	raw, err := p.pidfd.SyscallConn()
+	if errors.Is(err, os.ErrClosed) {
+		return nil
+	}
 	if err != nil {
 		return fmt.Errorf("signal process %d: %w", p.id.PID, err)
 	}
 	var sent error
-	if err := raw.Control(func(fd uintptr) { sent = unix.PidfdSendSignal(int(fd), sig, nil, 0) }); err != nil {
+	err = raw.Control(func(fd uintptr) { sent = unix.PidfdSendSignal(int(fd), sig, nil, 0) })
+	if errors.Is(err, os.ErrClosed) {
+		return nil // its end has been dealt with
+	}
+	if err != nil {
 		return fmt.Errorf("signal process %d: %w", p.id.PID, err)
 	}
 	if sent != nil && !errors.Is(sent, unix.ESRCH) {

@@ -24,7 +24,9 @@ type Shell struct {
 	file   *os.File      // the memory file, nil once it is given up
 	stream *net.UnixConn // our end of QEMU's incoming stream, nil if it has been used
 	events *subscription // from before the stream was offered
-	ran    bool
+	// mayHaveRun: an earlier agent has told the CPUs to run.
+	mayHaveRun bool
+	ran        bool // they run, as far as we are concerned
 }
 
 var _ migrate.Shell = (*Shell)(nil)
@@ -35,14 +37,15 @@ const incomingChannel = "lmctl-incoming"
 // buildShell makes the guest's folder and starts its QEMU. On an error nothing
 // of either is left.
 func (v *vm) buildShell(ctx context.Context, b *bundle, done func()) (_ *Shell, err error) {
+	if err := v.store(); err != nil {
+		v.d.remove(v) // what is in the guest's place is not ours
+		return nil, err
+	}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, v.discard())
 		}
 	}()
-	if err := v.store(); err != nil {
-		return nil, err
-	}
 	inst, err := v.launch(ctx, v.rec.Run, true)
 	if err != nil {
 		return nil, err
@@ -120,7 +123,8 @@ func (s *Shell) listen(ctx context.Context, mon *monitor) error {
 }
 
 // ShellOf finds the shell of an earlier agent again. When ran is true its CPUs
-// were started already: Resume and Announce may be called, Destroy refuses.
+// were told to run already: Resume sees to it that they do, and Destroy
+// refuses.
 func (d *Driver) ShellOf(name string) (_ *Shell, ran bool, err error) {
 	v, err := d.lookup(name)
 	if err != nil {
@@ -143,7 +147,7 @@ func (d *Driver) ShellOf(name string) (_ *Shell, ran bool, err error) {
 		done()
 		return nil, false, fmt.Errorf("take over guest %s: %w", name, err)
 	}
-	s.ran = ran
+	s.mayHaveRun = ran
 	return s, ran, nil
 }
 
@@ -252,7 +256,7 @@ var errRan = errors.New("its CPUs were started; it is a guest of this host")
 // Destroy ends a shell that never ran and removes all of it.
 func (s *Shell) Destroy(ctx context.Context) error {
 	s.mu.Lock()
-	ran := s.ran
+	ran := s.ran || s.mayHaveRun
 	s.mu.Unlock()
 	if ran {
 		return fmt.Errorf("destroy the shell of guest %s: %w", s.v.def.Name, errRan)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 
 	"github.com/lmctl/lmctl/migrate"
 )
@@ -32,11 +33,7 @@ func (s *Shell) run(ctx context.Context) error {
 			return s.unplug(err)
 		}
 	}
-	if err := s.v.monitor(s.inst).run(ctx, "cont", nil, nil); err != nil {
-		var refused *commandError
-		if errors.As(err, &refused) {
-			return s.unplug(err) // a disk could not be opened or locked
-		}
+	if err := s.startCPUs(ctx); err != nil {
 		return err
 	}
 	// cont has started the CPUs when it answers.
@@ -50,8 +47,35 @@ func (s *Shell) run(ctx context.Context) error {
 	return nil
 }
 
+func (s *Shell) startCPUs(ctx context.Context) error {
+	if s.mayHaveRun {
+		if runstate, err := s.v.queryStatus(ctx, s.inst); err != nil || runstate == "running" {
+			return err
+		}
+	}
+	// The mark is for the next agent, should this one die now. It need not
+	// outlive the host, as QEMU does not.
+	if err := os.WriteFile(s.v.files.resumed(), nil, 0o600); err != nil {
+		return s.unplug(err)
+	}
+	err := s.v.monitor(s.inst).run(ctx, "cont", nil, nil)
+	var refused *commandError
+	if !errors.As(err, &refused) {
+		s.mayHaveRun = true
+		return err
+	}
+	// A disk could not be opened or locked.
+	if s.mayHaveRun {
+		return err
+	}
+	return errors.Join(s.unplug(err), removeIfThere(s.v.files.resumed()))
+}
+
 // unplug takes the taps of a guest that was not started out of the network.
 func (s *Shell) unplug(cause error) error {
+	if s.mayHaveRun {
+		return cause
+	}
 	cause = fmt.Errorf("%w: %w", migrate.ErrNotStarted, cause)
 	for i := range s.v.def.NICs {
 		if err := s.v.d.lowerTap(tapName(s.v.def.UUID, i)); err != nil {
@@ -80,5 +104,8 @@ func (v *vm) settleIn(ctx context.Context, inst *instance) error {
 	if err := v.restore(ctx, v.monitor(inst)); err != nil {
 		return err
 	}
-	return v.updateRecord(func(r *record) { r.Incoming = false })
+	if err := v.updateRecord(func(r *record) { r.Incoming = false }); err != nil {
+		return err
+	}
+	return removeIfThere(v.files.resumed())
 }
