@@ -9,6 +9,8 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+
+	"golang.org/x/sys/unix"
 )
 
 // environment is this process's, made to fit a node: lmctl is this lab's, and on
@@ -46,6 +48,29 @@ func (l *Lab) Start(node string, cmd *exec.Cmd) error {
 		return fmt.Errorf("lab: on %s: %w", node, err)
 	}
 	return nil
+}
+
+// Exec replaces this program by a command on a node; see Start. It returns only
+// if it cannot.
+func (l *Lab) Exec(node string, argv []string) error {
+	if err := l.isNode(node); err != nil {
+		return err
+	}
+	env := l.environment(node)
+	path := l.state.Binary
+	if argv[0] != "lmctl" {
+		var err error
+		if path, err = exec.LookPath(argv[0]); err != nil {
+			return fmt.Errorf("lab: on %s: %w", node, err)
+		}
+	}
+	// The thread that does it brings its namespace along.
+	return inNamespace(l.namespace(node), func() error {
+		if err := unix.Exec(path, argv, env); err != nil {
+			return fmt.Errorf("lab: on %s: %s: %w", node, path, err)
+		}
+		return nil
+	})
 }
 
 // Output runs a command on a node and returns what it wrote to its standard

@@ -17,6 +17,8 @@ import (
 var (
 	ErrUp   = errors.New("a lab is up already")
 	ErrNone = errors.New("no lab is up")
+
+	errNotRoot = errors.New("lab: it needs root, for namespaces and mounts")
 )
 
 // Options say what lab to make.
@@ -83,7 +85,7 @@ func Up(ctx context.Context, o Options) (*Lab, error) {
 
 func newLab(o Options) (*Lab, error) {
 	if os.Geteuid() != 0 {
-		return nil, errors.New("lab: it needs root, for namespaces and mounts")
+		return nil, errNotRoot
 	}
 	l := &Lab{dir: o.Dir, state: state{Hosts: o.Hosts, Binary: o.Binary, MemoryLimit: o.MemoryLimit, AgentEnv: o.AgentEnv}}
 	if l.dir == "" {

@@ -412,3 +412,24 @@ func TestUnescape(t *testing.T) {
 		}
 	}
 }
+
+func TestFileOffset(t *testing.T) {
+	for _, tt := range []struct {
+		gpa     uint64
+		memory  int64
+		machine string
+		want    int64 // -1 for an error
+	}{
+		{0x1000, 256 << 20, "", 0x1000},
+		{0, 256 << 20, "", -1},
+		{256 << 20, 256 << 20, "", -1},
+		{4<<30 + 0x5000, 6 << 30, "pc-i440fx-7.2", 3<<30 + 0x5000},
+		{4<<30 + 0x5000, 6 << 30, "pc-q35-7.2", 2<<30 + 0x5000},
+		{0xb0000000, 0xc0000000, "", 0xb0000000},
+	} {
+		got, err := fileOffset(tt.gpa, Guest{GuestSpec: GuestSpec{Memory: tt.memory, Machine: tt.machine}})
+		if tt.want < 0 && err == nil || tt.want >= 0 && (err != nil || got != tt.want) {
+			t.Errorf("%+v: %#x, %v", tt, got, err)
+		}
+	}
+}
