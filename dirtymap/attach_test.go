@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"os"
 	"strings"
 	"testing"
 
@@ -93,4 +94,41 @@ func TestFailsAfterCreation(t *testing.T) {
 	if got := tg.collect(t, first); got != "2" {
 		t.Errorf("the first tracker finds pages %q", got)
 	}
+}
+
+// TestAttachLeavesNothingHere: neither descriptors nor threads pile up.
+func TestAttachLeavesNothingHere(t *testing.T) {
+	requireTracking(t)
+	tg := startTarget(t, shmDir(t), 8)
+	count := func() (fds, threads int) {
+		for dir, n := range map[string]*int{"/proc/self/fd": &fds, "/proc/self/task": &threads} {
+			entries, err := os.ReadDir(dir)
+			if err != nil {
+				t.Fatal(err)
+			}
+			*n = len(entries)
+		}
+		return fds, threads
+	}
+	fds, threads := count()
+	const rounds = 50
+	for range rounds {
+		for _, regions := range [][]Region{{tg.Region}, {tg.Region, {Addr: PageSize, Size: PageSize}}} {
+			tr, err := Attach(tg.Process, regions)
+			if err != nil {
+				continue // nothing is mapped at the second region
+			}
+			if err := tr.Close(); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if now, _ := count(); now != fds {
+		t.Errorf("%d descriptors, there were %d", now, fds)
+	}
+	until(t, "threads to end", func() bool {
+		_, now := count()
+		return now < threads+rounds/2
+	})
+	tg.noUserfaultfd(t)
 }

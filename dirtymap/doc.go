@@ -29,6 +29,20 @@
 // the diverted thread returns through sigreturn. The agent may be killed between
 // any two instructions, and the process goes on as if nothing had happened.
 //
+// # What costs nothing
+//
+// Where the file behind a region has no data there is nothing to track: a block
+// of 2 MiB gets a page table, with a marker for every page that is not there,
+// only when it holds data. Time and memory follow what the guest has used, not
+// what it was given. It takes that the file is written through the tracked
+// process alone, and that nobody reads its holes through a mapping, which fills
+// them with pages that are then reported once.
+//
+// Kernels differ in whether they report a range without a page table as written,
+// and before 2026 a protecting scan of such a range in hugetlbfs could hang.
+// Neither matters here: only ranges with page tables are scanned. Where one has
+// gone again all of its pages count as written.
+//
 // # Parents that trace
 //
 // A process that waits with wait4, waitid or os.Process.Wait for a child that it

@@ -40,7 +40,9 @@ type Tracker struct {
 // Attach begins to track the regions of a process; they must be mapped and not
 // overlap. Besides the kernel's, the errors are ErrTraced, ErrExited,
 // ErrMismatch, ErrBusy, ErrUnsupported and ErrPermission. After an error nothing
-// is left in the process.
+// is left in the process. One whose seccomp filter kills for a call that it does
+// not know must not be attached to: userfaultfd(2) would end it. QEMU's sandbox
+// lets the call pass.
 func Attach(p Process, regions []Region) (*Tracker, error) {
 	if err := p.verify(); err != nil {
 		return nil, fmt.Errorf("dirtymap: attach: %w", err)
