@@ -152,9 +152,15 @@ func ParseConfig(text []byte) (Config, error) {
 	if err != nil {
 		return Config{}, err
 	}
-	dec := yaml.NewDecoder(bytes.NewReader(text), yaml.Strict())
-	if err := dec.Decode(&cfg); err != nil && !errors.Is(err, io.EOF) {
+	// A document that says nothing would empty the configuration.
+	var says any
+	if err := yaml.Unmarshal(text, &says); err != nil {
 		return Config{}, errors.New(strings.TrimSpace(yaml.FormatError(err, false, true)))
+	}
+	if says != nil {
+		if err := yaml.NewDecoder(bytes.NewReader(text), yaml.Strict()).Decode(&cfg); err != nil {
+			return Config{}, errors.New(strings.TrimSpace(yaml.FormatError(err, false, true)))
+		}
 	}
 	if err := cfg.Check(); err != nil {
 		return Config{}, err
