@@ -18,8 +18,8 @@ import (
 
 // Gap is the longest time between two replies.
 type Gap struct {
-	Start  time.Time
-	Length time.Duration
+	Start  time.Time     `json:"start"`
+	Length time.Duration `json:"length_ns"`
 }
 
 // meter finds the longest gap.
@@ -37,15 +37,15 @@ func (m *meter) reply(now time.Time) {
 
 // Numbered is the account of Number.
 type Numbered struct {
-	Sent    uint64 // requests
-	Replied uint64 // of them, answered
-	Lost    uint64 // never answered
+	Sent    uint64 `json:"sent"`    // requests
+	Replied uint64 `json:"replied"` // of them, answered
+	Lost    uint64 `json:"lost"`    // never answered
 	// Doubled are replies that came again, or to nothing that was asked.
-	Doubled uint64
+	Doubled uint64 `json:"doubled"`
 	// Unordered are replies that came in another order than the requests.
-	Unordered uint64
-	BootIDs   []string // of the guests that answered: one, if all is well
-	Gap       Gap      // longest time between two replies
+	Unordered uint64   `json:"unordered"`
+	BootIDs   []string `json:"boot_ids"` // of the guests that answered: one, if all is well
+	Gap       Gap      `json:"gap"`      // longest time between two replies
 }
 
 // Whole says whether every request was answered once, in order, by one guest.
@@ -136,12 +136,12 @@ func readNumbers(conn net.Conn) (Numbered, error) {
 
 // Pinged is the account of Ping.
 type Pinged struct {
-	Sent    uint64 // datagrams
-	Lost    uint64 // of them, without an answer
-	Doubled uint64 // answers that came again
-	Gap     Gap    // longest time between two answers
+	Sent    uint64 `json:"sent"`    // datagrams
+	Lost    uint64 `json:"lost"`    // of them, without an answer
+	Doubled uint64 `json:"doubled"` // answers that came again
+	Gap     Gap    `json:"gap"`     // longest time between two answers
 	// RoundTrip is the longest time from a datagram to its answer.
-	RoundTrip time.Duration
+	RoundTrip time.Duration `json:"round_trip_ns"`
 }
 
 // linger is how long answers may take when the last datagram is out.
