@@ -8,6 +8,8 @@ import (
 	"path/filepath"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/lmctl/lmctl/guest/linux"
 )
 
 // Fresh makes a lab for the life of this process: what a killed process has left
@@ -43,4 +45,9 @@ func Fresh(ctx context.Context, o Options) (l *Lab, end func() error, err error)
 		// The lock file stays: who opened it already may be waiting for it.
 		return errors.Join(Down(context.WithoutCancel(ctx), dir), alive.Close())
 	}, nil
+}
+
+// BootFiles are what Linux guests boot from, found or made.
+func BootFiles(ctx context.Context, say func(string)) (linux.Boot, error) {
+	return prepareLinux(ctx, say)
 }

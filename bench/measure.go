@@ -1,0 +1,202 @@
+package bench
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/lmctl/lmctl/guest/flat"
+	"github.com/lmctl/lmctl/internal/sys"
+)
+
+// Sample is one migration, as seen from outside.
+type Sample struct {
+	Run         int       `json:"run"` // from 1
+	Started     time.Time `json:"started"`
+	Source      string    `json:"source"`
+	Destination string    `json:"destination"`
+	// Downtime is the longest time in which the guest's clock did not go on.
+	Downtime time.Duration `json:"downtime_ns"`
+	// Quiet is the longest such time just before, without a migration.
+	Quiet time.Duration `json:"quiet_ns"`
+	// Late is by how much the machine may have lengthened the downtime: the
+	// longest time between two looks at the clock.
+	Late  time.Duration `json:"late_ns"`
+	Total time.Duration `json:"total_ns"` // from the command until the source is free
+	Bytes int64         `json:"bytes"`    // sent by the source's network interface
+	Own   Own           `json:"own"`
+	// Error is why the migration failed; then nothing above but Started was
+	// measured.
+	Error   string `json:"error,omitempty"`
+	Healthy bool   `json:"healthy"`
+	Problem string `json:"problem,omitempty"` // why it is not
+}
+
+const (
+	// quietTime is how long a guest is watched before its migration.
+	quietTime = 300 * time.Millisecond
+	// settleTime is how long it is watched afterwards.
+	settleTime = 300 * time.Millisecond
+	// migrationLimit is how long a migration may take; one that does not
+	// converge ends here.
+	migrationLimit = time.Minute
+)
+
+// measure moves a guest and watches it from outside.
+func (b *bed) measure(ctx context.Context, s subject, counter int64) (sample Sample, err error) {
+	from, to := s.place(), s.next()
+	sample = Sample{Started: time.Now(), Source: from.host, Destination: to.host}
+	probe := flat.NewProbe(flat.DefaultInterval)
+	defer func() { err = errors.Join(err, probe.Close()) }()
+	if err := probe.Add(from.memory, counter); err != nil {
+		return sample, err
+	}
+	if sample.Quiet, err = watchQuiet(ctx, probe); err != nil {
+		return sample, err
+	}
+	pidfd, err := sys.OpenPidfd(from.pid)
+	if err != nil {
+		return sample, fmt.Errorf("bench: process %d of the guest: %w", from.pid, err)
+	}
+	defer func() { err = errors.Join(err, unix.Close(pidfd)) }()
+
+	ctx, cancel := context.WithTimeout(ctx, migrationLimit)
+	defer cancel()
+	arrival, err := expectFile(to.memory)
+	if err != nil {
+		return sample, err
+	}
+	watching := make(chan error, 1)
+	go func() { watching <- arrival.add(ctx, probe, counter) }()
+	sent, _, err := b.lab.Traffic(from.host)
+	if err != nil {
+		return sample, errors.Join(err, stopWatching(cancel, watching))
+	}
+	began := time.Now()
+	sample.Own, err = s.move(ctx)
+	if err == nil {
+		err = sys.WaitPidfd(ctx, pidfd)
+	}
+	sample.Total = time.Since(began)
+	if err != nil {
+		return sample, errors.Join(&moveError{err}, stopWatching(cancel, watching))
+	}
+	if err := <-watching; err != nil {
+		return sample, err
+	}
+	now, _, err := b.lab.Traffic(from.host)
+	if err != nil {
+		return sample, err
+	}
+	sample.Bytes = int64(now - sent)
+	if err := sleep(ctx, settleTime); err != nil {
+		return sample, err
+	}
+	sample.Downtime, sample.Late = probe.Longest().Length, probe.Lateness()
+	if sample.Own.timed {
+		sample.Downtime = sample.Own.Downtime
+	}
+	return sample, nil
+}
+
+// moveError is a migration that failed, which is a result, while all else that
+// fails ends the bench.
+type moveError struct{ err error }
+
+func (e *moveError) Error() string { return e.err.Error() }
+func (e *moveError) Unwrap() error { return e.err }
+
+// stopWatching ends the wait for a memory file that may never come.
+func stopWatching(cancel context.CancelFunc, watching <-chan error) error {
+	cancel()
+	if err := <-watching; !errors.Is(err, context.Canceled) && !errors.Is(err, context.DeadlineExceeded) {
+		return err
+	}
+	return nil
+}
+
+// watchQuiet returns the longest gap of a guest that is left alone.
+func watchQuiet(ctx context.Context, probe *flat.Probe) (time.Duration, error) {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	for !probe.Moving() {
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return 0, fmt.Errorf("bench: the guest's clock stands still: %w", ctx.Err())
+		}
+	}
+	probe.Reset()
+	if err := sleep(ctx, quietTime); err != nil {
+		return 0, err
+	}
+	quiet := probe.Longest().Length
+	probe.Reset()
+	return quiet, nil
+}
+
+// sleep lets measured time pass.
+func sleep(ctx context.Context, d time.Duration) error {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// arrival waits for a memory file that is to come.
+type arrival struct {
+	path    string
+	inotify *os.File
+}
+
+func expectFile(path string) (*arrival, error) {
+	fd, err := unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK)
+	if err != nil {
+		return nil, fmt.Errorf("bench: watch for %s: %w", path, err)
+	}
+	f := os.NewFile(uintptr(fd), "inotify")
+	if _, err := unix.InotifyAddWatch(fd, filepath.Dir(path), unix.IN_CREATE|unix.IN_MOVED_TO|unix.IN_MODIFY|unix.IN_OPEN); err != nil {
+		return nil, errors.Join(fmt.Errorf("bench: watch for %s: %w", path, err), f.Close())
+	}
+	return &arrival{path: path, inotify: f}, nil
+}
+
+// add has the probe watch the file as soon as it has its length.
+func (a *arrival) add(ctx context.Context, probe *flat.Probe, counter int64) (err error) {
+	defer func() { err = errors.Join(err, a.inotify.Close()) }()
+	stop := context.AfterFunc(ctx, func() { _ = a.inotify.SetReadDeadline(time.Unix(1, 0)) })
+	defer stop()
+	buf := make([]byte, 64<<10)
+	for {
+		// Whatever happened in the folder: the file is there and long enough,
+		// or it is to be waited for.
+		info, err := os.Stat(a.path)
+		if err == nil && info.Size() > counter {
+			return probe.Add(a.path, counter)
+		}
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			return fmt.Errorf("bench: %w", err)
+		}
+		if _, err := a.inotify.Read(buf); err != nil {
+			if ctx.Err() != nil {
+				err = ctx.Err()
+			}
+			return fmt.Errorf("bench: wait for %s: %w", a.path, err)
+		}
+	}
+}
+
+// oneLine makes an error fit for a table or a line of progress.
+func oneLine(err error) string { return strings.Join(strings.Fields(err.Error()), " ") }

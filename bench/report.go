@@ -1,0 +1,146 @@
+package bench
+
+import (
+	"fmt"
+	"maps"
+	"slices"
+	"time"
+
+	"github.com/dustin/go-humanize"
+
+	"github.com/lmctl/lmctl/bench/stats"
+)
+
+// Report is all that was measured. Times are nanoseconds in JSON.
+type Report struct {
+	Version     string        `json:"version"` // of lmctl
+	Started     time.Time     `json:"started"`
+	Took        time.Duration `json:"took_ns"`
+	Machine     Machine       `json:"machine"`
+	Link        string        `json:"link"`
+	Runs        int           `json:"runs"`
+	Results     []Result      `json:"results"`
+	Comparisons []Comparison  `json:"comparisons"`
+}
+
+// Result is one contender on one workload.
+type Result struct {
+	Workload       string `json:"workload"`
+	WorkloadTitle  string `json:"workload_title"`
+	Memory         int64  `json:"memory_bytes"`
+	Accelerator    string `json:"accelerator"`
+	Contender      string `json:"contender"`
+	ContenderTitle string `json:"contender_title"`
+	// Guests is how many guests it took: one more for each that was not healthy
+	// after a migration.
+	Guests   int                          `json:"guests"`
+	Failed   int                          `json:"failed"`  // migrations that did not come to their end
+	Healthy  int                          `json:"healthy"` // guests that were so afterwards
+	Downtime stats.Summary[time.Duration] `json:"downtime_ns"`
+	Total    stats.Summary[time.Duration] `json:"total_ns"`
+	Bytes    stats.Summary[int64]         `json:"bytes"`
+	Samples  []Sample                     `json:"samples"`
+}
+
+// Comparison sets two medians of downtimes against each other.
+type Comparison struct {
+	What  string        `json:"what"`
+	A     time.Duration `json:"a_ns"`
+	B     time.Duration `json:"b_ns"`
+	Ratio float64       `json:"ratio"` // A to B
+}
+
+// sum sums up the samples of the migrations that came to their end.
+func (r *Result) sum() {
+	var downtimes, totals []time.Duration
+	var bytes []int64
+	r.Failed, r.Healthy = 0, 0
+	for _, s := range r.Samples {
+		if s.Error != "" {
+			r.Failed++
+			continue
+		}
+		if s.Healthy {
+			r.Healthy++
+		}
+		downtimes, totals, bytes = append(downtimes, s.Downtime), append(totals, s.Total), append(bytes, s.Bytes)
+	}
+	r.Downtime, r.Total, r.Bytes = stats.Of(downtimes), stats.Of(totals), stats.Of(bytes)
+}
+
+// compare sets lmctl against the floor, and guests that differ in nothing but
+// their memory against each other.
+func (r *Report) compare(workloads []Workload) {
+	find := func(workload, contender string) (Result, bool) {
+		for _, x := range r.Results {
+			if x.Workload == workload && x.Contender == contender && x.Downtime.N > 0 {
+				return x, true
+			}
+		}
+		return Result{}, false
+	}
+	add := func(what string, a, b Result) {
+		r.Comparisons = append(r.Comparisons, Comparison{
+			What: what, A: a.Downtime.Median, B: b.Downtime.Median, Ratio: stats.Ratio(a.Downtime.Median, b.Downtime.Median),
+		})
+	}
+	r.Comparisons = []Comparison{}
+	for _, w := range workloads {
+		ours, ok := find(w.Name, "lmctl")
+		floor, both := find(w.Name, "floor")
+		if ok && both {
+			add(w.Name+": lmctl to what QEMU itself needs", ours, floor)
+		}
+	}
+	members := families(workloads)
+	for _, c := range Contenders() {
+		for _, family := range slices.Sorted(maps.Keys(members)) {
+			small, ok := find(members[family][0].Name, c.Name)
+			large, both := find(members[family][1].Name, c.Name)
+			if ok && both {
+				add(fmt.Sprintf("%s, %s: %s to %s", family, c.Name,
+					humanize.IBytes(uint64(large.Memory)), humanize.IBytes(uint64(small.Memory))), large, small)
+			}
+		}
+	}
+}
+
+// families are the smallest and the largest workload of each family that has
+// several.
+func families(workloads []Workload) map[string][2]Workload {
+	found := make(map[string][2]Workload)
+	for _, w := range workloads {
+		if w.Family == "" {
+			continue
+		}
+		m, ok := found[w.Family]
+		if !ok {
+			m = [2]Workload{w, w}
+		}
+		if w.Memory < m[0].Memory {
+			m[0] = w
+		}
+		if w.Memory > m[1].Memory {
+			m[1] = w
+		}
+		found[w.Family] = m
+	}
+	for family, m := range found {
+		if m[0].Memory == m[1].Memory {
+			delete(found, family)
+		}
+	}
+	return found
+}
+
+// line is a sample in a line of progress.
+func (s Sample) line() string {
+	if s.Error != "" {
+		return "failed: " + s.Error
+	}
+	text := fmt.Sprintf("downtime %-8s total %-8s %s", ms(s.Downtime), brief(s.Total), humanize.IBytes(uint64(max(s.Bytes, 0))))
+	if !s.Healthy {
+		text += "  NOT HEALTHY: " + s.Problem
+	}
+	return text
+}
