@@ -10,6 +10,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/lmctl/lmctl/dirtymap"
 	"github.com/lmctl/lmctl/guest/flat"
 	"github.com/lmctl/lmctl/internal/api"
@@ -93,6 +95,7 @@ type flatGuest struct {
 	name   string
 	config flat.Config
 	uuid   string
+	taps   int
 }
 
 // startFlat defines and starts a flat guest on a host and waits until it runs
@@ -120,7 +123,7 @@ func (c *cluster) startFlat(name, host string, config flat.Config, extra string)
 	if _, err := guests.Start(ctx, &lmctlv1.GuestRequest{Name: name}); err != nil {
 		c.t.Fatal(err)
 	}
-	f := &flatGuest{c: c, name: name, config: config, uuid: g.Uuid}
+	f := &flatGuest{c: c, name: name, config: config, uuid: g.Uuid, taps: 1 + strings.Count(extra, "- bridge:")}
 	c.eventually("the flat guest boots", func() error {
 		s, err := f.state(host)
 		if err != nil {
@@ -197,7 +200,59 @@ func (c *cluster) guest(host, name string) (*lmctlv1.Guest, error) {
 	return nil, nil
 }
 
-// migrate starts a migration and returns its id.
+// destroy ends a guest wherever it is, and forgets it.
+func (c *cluster) destroy(g *flatGuest) {
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	for _, h := range c.lab.Hosts() {
+		info, err := c.guest(h, g.name)
+		if err != nil {
+			c.t.Error(err)
+		}
+		if info == nil {
+			continue
+		}
+		guests := c.clients[h].Guests
+		if info.State != "stopped" {
+			if _, err := guests.Destroy(ctx, &lmctlv1.GuestRequest{Name: g.name}); err != nil {
+				c.t.Error(err)
+			}
+		}
+		if _, err := guests.Undefine(ctx, &lmctlv1.GuestRequest{Name: g.name}); err != nil {
+			c.t.Error(err)
+		}
+	}
+}
+
+// ballast is what fills a host's memory.
+const ballast = "ballast"
+
+// fill takes all that is left of a host's file system for guest memory.
+func (c *cluster) fill(host string) {
+	c.t.Helper()
+	f, err := os.Create(filepath.Join(c.lab.MemoryDir(host), ballast))
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	defer f.Close()
+	var fs unix.Statfs_t
+	if err := unix.Fstatfs(int(f.Fd()), &fs); err != nil {
+		c.t.Fatal(err)
+	}
+	if err := unix.Fallocate(int(f.Fd()), 0, 0, int64(fs.Bavail)*fs.Bsize); err != nil {
+		c.t.Fatal(err)
+	}
+}
+
+// empty undoes fill.
+func (c *cluster) empty(host string) {
+	c.t.Helper()
+	if err := os.Remove(filepath.Join(c.lab.MemoryDir(host), ballast)); err != nil {
+		c.t.Fatal(err)
+	}
+}
+
+// start starts a migration and returns its id.
 func (c *cluster) start(guest, from, to string, options *lmctlv1.MigrationOptions) string {
 	c.t.Helper()
 	m, err := c.clients[from].Migrations.Start(c.t.Context(), &lmctlv1.StartMigrationRequest{Guest: guest, Destination: to, Options: options})

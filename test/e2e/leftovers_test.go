@@ -43,8 +43,8 @@ func (c *cluster) tidy(g *flatGuest, host string, has bool) error {
 		return fmt.Errorf("run folders %q, want %d", run, want)
 	}
 	taps, err := c.taps(host)
-	if err != nil || len(taps) != want {
-		return fmt.Errorf("taps %q, want %d (%v)", taps, want, err)
+	if err != nil || len(taps) != want*g.taps {
+		return fmt.Errorf("taps %q, want %d (%v)", taps, want*g.taps, err)
 	}
 	for _, pid := range pids {
 		if fds, err := dirtymap.Leftovers(pid); err != nil || len(fds) > 0 {

@@ -1,7 +1,6 @@
 package e2e
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -100,7 +99,7 @@ const matrixGuest = "cell"
 
 func (m *matrixCase) run(f fault) {
 	m.guest = m.startFlat(matrixGuest, "host1", flat.Config{Memory: 32 << 20, Pages: 4000, Rate: 20000}, "")
-	defer m.removeGuest()
+	defer m.destroy(m.guest)
 	w := m.watchRunning(m.guest)
 	point := filepath.Join(m.failpoints, m.role+"."+string(m.state))
 	m.write(point)
@@ -162,30 +161,6 @@ func (m *matrixCase) settled() (host string) {
 // running copy was killed.
 func (m *matrixCase) mayHaveEnded(host string) bool {
 	return host == "host1" && m.killedSource || host == "host2" && m.killedShell && m.ranAtKill
-}
-
-// removeGuest ends the guest wherever it is.
-func (m *matrixCase) removeGuest() {
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
-	defer cancel()
-	for _, h := range m.lab.Hosts() {
-		g, err := m.cluster.guest(h, matrixGuest)
-		if err != nil {
-			m.t.Error(err)
-		}
-		if g == nil {
-			continue
-		}
-		guests := m.clients[h].Guests
-		if g.State != "stopped" {
-			if _, err := guests.Destroy(ctx, &lmctlv1.GuestRequest{Name: matrixGuest}); err != nil {
-				m.t.Error(err)
-			}
-		}
-		if _, err := guests.Undefine(ctx, &lmctlv1.GuestRequest{Name: matrixGuest}); err != nil {
-			m.t.Error(err)
-		}
-	}
 }
 
 func (m *matrixCase) killAgent(host string) {
@@ -260,31 +235,14 @@ func (m *matrixCase) cancel() {
 	}
 }
 
-// ballast is what fills a host's memory.
-const ballast = "ballast"
-
-// fillMemory takes all that is left of the destination's memory file system.
-func (m *matrixCase) fillMemory() {
-	path := filepath.Join(m.lab.MemoryDir("host2"), ballast)
-	f, err := os.Create(path)
-	if err != nil {
-		m.t.Fatal(err)
-	}
-	defer f.Close()
-	var fs unix.Statfs_t
-	if err := unix.Fstatfs(int(f.Fd()), &fs); err != nil {
-		m.t.Fatal(err)
-	}
-	if err := unix.Fallocate(int(f.Fd()), 0, 0, int64(fs.Bavail)*fs.Bsize); err != nil {
-		m.t.Fatal(err)
-	}
-}
+// fillMemory leaves the destination no memory for the guest.
+func (m *matrixCase) fillMemory() { m.fill("host2") }
 
 func (m *matrixCase) freeMemory() {
 	// What the failure, if there is one, leads to comes first.
 	report := m.wait("host1", m.id)
 	m.t.Logf("out of memory: %s %s", report.Result, report.Error)
-	m.remove(filepath.Join(m.lab.MemoryDir("host2"), ballast))
+	m.empty("host2")
 }
 
 func (m *matrixCase) write(path string) {
