@@ -91,15 +91,29 @@ func (v *vm) adopt(ctx context.Context) error {
 		return err
 	}
 	mon, err := dialMonitor(ctx, v.files.qmp())
-	if err != nil {
-		select {
-		case <-proc.done: // it ended just now
-			return errors.Join(v.adoptStopped("QEMU "+proc.exit.String()), proc.forget())
-		default:
-		}
-		return errors.Join(fmt.Errorf("its QEMU (process %d) lives but does not answer: %w", id.PID, err), proc.forget())
+	if err == nil {
+		return v.adoptRunning(ctx, v.attach(proc, mon))
 	}
-	return v.adoptRunning(ctx, v.attach(proc, mon))
+	if ctx.Err() == nil {
+		// The connection broke: it may be about to exit.
+		wait, cancel := context.WithTimeout(ctx, quitTimeout)
+		defer cancel()
+		select {
+		case <-proc.done:
+			return errors.Join(v.adoptStopped("QEMU "+proc.exit.String()), proc.forget())
+		case <-wait.Done():
+		}
+	}
+	v.d.log.Warn("QEMU lives but does not answer", "guest", v.def.Name, "process", id.PID, "error", err)
+	v.attachUnmet(proc)
+	return nil
+}
+
+// adoptLate takes in a guest whose QEMU answers at last.
+func (v *vm) adoptLate(ctx context.Context, inst *instance) {
+	if err := v.adoptRunning(ctx, inst); err != nil {
+		v.d.log.Error("adopt the guest", "guest", v.def.Name, "error", err)
+	}
 }
 
 func (v *vm) whyGone(id processID) string {

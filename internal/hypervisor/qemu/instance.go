@@ -13,12 +13,13 @@ type instance struct {
 
 	// Guarded by the vm's mu.
 	mon       *monitor
-	redialled chan struct{} // closed when mon is replaced or given up
-	suspended bool          // a migration has it: its stops are not for us to judge
-	intent    EndCause      // what an operator asked for, empty if nothing
-	end       *End          // decided, once it must go
-	words     string        // what QEMU said about its end
-	offset    int64         // where this run's words begin in the log
+	suspended bool     // a migration has it: its stops are not for us to judge
+	intent    EndCause // what an operator asked for, empty if nothing
+	end       *End     // decided, once it must go
+	words     string   // what QEMU said about its end
+	quitting  bool     // QEMU is about to exit, told by a signal or by somebody else
+	unmet     bool     // adopted, but it has not answered yet
+	offset    int64    // where this run's words begin in the log
 }
 
 // quitTimeout is how long a QEMU that was told to quit may take before it is
@@ -31,13 +32,21 @@ const commandTimeout = 10 * time.Second
 // attach makes the process the guest's and watches it. It owns the process and
 // the monitor from here on.
 func (v *vm) attach(proc *process, mon *monitor) *instance {
-	inst := &instance{proc: proc, mon: mon, ended: make(chan struct{}), redialled: make(chan struct{})}
+	inst := &instance{proc: proc, mon: mon, ended: make(chan struct{})}
 	sub := mon.subscribe()
 	v.mu.Lock()
 	v.inst = inst
 	v.mu.Unlock()
 	v.d.wg.Go(func() { v.watch(inst, sub) })
 	return inst
+}
+
+// attachUnmet makes a process the guest's that lives but does not answer. It is
+// taken in as soon as it does.
+func (v *vm) attachUnmet(proc *process) {
+	inst := &instance{proc: proc, mon: deadMonitor(), ended: make(chan struct{}), unmet: true}
+	v.change(func() { v.inst, v.state = inst, StateUnreachable })
+	v.d.wg.Go(func() { v.watch(inst, inst.mon.subscribe()) })
 }
 
 // close lets the process go on without us.
@@ -98,15 +107,17 @@ func (v *vm) redial(ctx context.Context, inst *instance) *subscription {
 		if err == nil {
 			sub := mon.subscribe()
 			v.mu.Lock()
-			old := inst.mon
-			inst.mon = mon
-			close(inst.redialled)
-			inst.redialled = make(chan struct{})
+			old, unmet := inst.mon, inst.unmet
+			inst.mon, inst.unmet = mon, false
 			v.mu.Unlock()
 			if err := old.close(); err != nil {
 				v.d.log.Warn("close the old QMP connection", "guest", v.def.Name, "error", err)
 			}
-			v.refresh(ctx, inst)
+			if !unmet {
+				v.refresh(ctx, inst)
+			} else {
+				v.d.wg.Go(func() { v.adoptLate(ctx, inst) }) // it may wait for us
+			}
 			return sub
 		}
 		timer := time.NewTimer(redialPause)
@@ -140,7 +151,7 @@ func (v *vm) noteEnd(inst *instance, e event) {
 	switch e.Event.Event {
 	case "SHUTDOWN":
 		if guest, _ := e.Data["guest"].(bool); !guest {
-			inst.words = e.text("reason")
+			inst.words, inst.quitting = e.text("reason"), true
 		}
 	case "GUEST_PANICKED":
 		inst.words = "the guest's kernel panicked"
@@ -190,6 +201,9 @@ func (v *vm) endOf(inst *instance, runstate string) *End {
 	defer v.mu.Unlock()
 	switch runstate {
 	case "shutdown":
+		if inst.quitting {
+			return nil // the process tells how it ended
+		}
 		if inst.intent != "" {
 			return &End{Cause: inst.intent}
 		}

@@ -350,6 +350,40 @@ func TestAdoptEnded(t *testing.T) {
 	})
 }
 
+// A QEMU that lives but does not answer when its agent comes back keeps its
+// guest, and is adopted when it answers.
+func TestAdoptUnreachable(t *testing.T) {
+	h := newHost(t)
+	inst, _ := h.startSector(t, idleSector, "")
+	pidfd, err := inst.proc.duplicate()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(pidfd)
+	if err := h.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.PidfdSendSignal(pidfd, unix.SIGSTOP, nil, 0); err != nil {
+		t.Fatal(err)
+	}
+	if h.Driver, err = New(h.cfg); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(testContext(t), 100*time.Millisecond)
+	defer cancel()
+	if err := h.Adopt(ctx); err != nil {
+		t.Fatal(err)
+	}
+	h.await(t, "sector", StateUnreachable)
+	if err := h.Start(testContext(t), "sector"); !errors.As(err, new(*StateError)) {
+		t.Errorf("start a guest that cannot be reached: %v", err)
+	}
+	if err := unix.PidfdSendSignal(pidfd, unix.SIGCONT, nil, 0); err != nil {
+		t.Fatal(err)
+	}
+	h.await(t, "sector", StateRunning)
+}
+
 // pressUntilShutdown presses the power button until QEMU says that the guest
 // has switched itself off.
 func pressUntilShutdown(t *testing.T, socket string) {

@@ -252,6 +252,9 @@ const sendTimeout = 10 * time.Second
 func (m *monitor) send(line []byte, file *os.File) error {
 	m.write.Lock()
 	defer m.write.Unlock()
+	if m.conn == nil {
+		return errMonitorClosed
+	}
 	if err := m.conn.SetWriteDeadline(time.Now().Add(sendTimeout)); err != nil {
 		return err
 	}
@@ -270,8 +273,18 @@ func (m *monitor) send(line []byte, file *os.File) error {
 	return nil
 }
 
+// deadMonitor is one whose connection has ended before it was made.
+func deadMonitor() *monitor {
+	m := &monitor{done: make(chan struct{}), subs: make(map[*subscription]struct{}), pending: make(map[uint64]chan reply), err: errMonitorClosed}
+	close(m.done)
+	return m
+}
+
 // close ends the connection and waits for the reader.
 func (m *monitor) close() error {
+	if m.conn == nil {
+		return nil
+	}
 	err := m.conn.Close()
 	<-m.done
 	if errors.Is(err, net.ErrClosed) {

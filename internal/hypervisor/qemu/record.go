@@ -17,6 +17,9 @@ const (
 	StateMigrating State = "migrating" // its device state is being handed over: suspended, or about to be
 	StateIncoming  State = "incoming"  // a shell at the destination, the CPUs never ran here
 	StateStopping  State = "stopping"  // it ended, the process is being removed
+	// StateUnreachable: the process lives but does not answer, as when its
+	// storage hangs. It is adopted when it does.
+	StateUnreachable State = "unreachable"
 )
 
 // EndCause says why a guest does not run any more.

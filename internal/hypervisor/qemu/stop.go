@@ -68,7 +68,7 @@ func (d *Driver) Destroy(ctx context.Context, name string) error {
 	if err != nil {
 		return err
 	}
-	done, err := v.begin("destroy", StateStarting, StateRunning, StatePaused, StateStopping)
+	done, err := v.begin("destroy", StateStarting, StateRunning, StatePaused, StateStopping, StateUnreachable)
 	if err != nil {
 		return err
 	}
