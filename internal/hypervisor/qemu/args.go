@@ -40,8 +40,8 @@ func (l *launch) arguments() ([]string, error) {
 	a.add("-msg", "timestamp=on")
 	a.add("-action", "shutdown=pause,panic=pause")
 	a.add("-rtc", "base=utc")
-	if l.def.FirmwareDir != "" {
-		a.add("-L", l.def.FirmwareDir)
+	if l.run.FirmwareDir != "" {
+		a.add("-L", l.run.FirmwareDir)
 	}
 	l.machine(&a)
 	l.sockets(&a)

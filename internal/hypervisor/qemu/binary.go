@@ -15,7 +15,7 @@ import (
 	"time"
 )
 
-// defaultBinary is looked up in the PATH.
+// defaultBinary is the QEMU of a host that is not told another one.
 const defaultBinary = "qemu-system-x86_64"
 
 // probeTimeout bounds a QEMU that is only asked what it can do.
@@ -24,6 +24,7 @@ const probeTimeout = 20 * time.Second
 // qemuBinary is what a QEMU can do, as it says itself.
 type qemuBinary struct {
 	Path     string
+	Firmware string            // folder for -L, empty for its own
 	Version  string            // such as 7.2.22
 	Machines map[string]bool   // versioned machine types
 	Aliases  map[string]string // pc, q35 and the like
@@ -42,6 +43,8 @@ func (b *qemuBinary) resolve(machine string) (string, error) {
 
 // binaries caches what each QEMU can do for as long as its file is the same.
 type binaries struct {
+	path, firmware string // of guests whose definition names none
+
 	mu    sync.Mutex
 	known map[binaryKey]*qemuBinary
 }
@@ -56,19 +59,22 @@ type binaryKey struct {
 
 // get asks the QEMU of a definition what it can do.
 func (c *binaries) get(ctx context.Context, def *Definition) (*qemuBinary, error) {
-	path := def.QEMU
+	path, firmware := def.QEMU, def.FirmwareDir
 	if path == "" {
-		found, err := exec.LookPath(defaultBinary)
+		found, err := exec.LookPath(c.path)
 		if err != nil {
 			return nil, fmt.Errorf("find QEMU: %w; install qemu-system-x86 or set qemu in the definition", err)
 		}
 		path = found
+		if firmware == "" {
+			firmware = c.firmware
+		}
 	}
 	info, err := os.Stat(path)
 	if err != nil {
 		return nil, fmt.Errorf("find QEMU: %w; install it there or set qemu in the definition", err)
 	}
-	key := binaryKey{path: path, firmware: def.FirmwareDir, size: info.Size(), mtime: info.ModTime()}
+	key := binaryKey{path: path, firmware: firmware, size: info.Size(), mtime: info.ModTime()}
 	if st, ok := info.Sys().(*syscall.Stat_t); ok {
 		key.inode = st.Ino
 	}
@@ -77,7 +83,7 @@ func (c *binaries) get(ctx context.Context, def *Definition) (*qemuBinary, error
 	if b, ok := c.known[key]; ok {
 		return b, nil
 	}
-	b, err := probeBinary(ctx, path)
+	b, err := probeBinary(ctx, path, firmware)
 	if err != nil {
 		return nil, err
 	}
@@ -90,7 +96,7 @@ func (c *binaries) get(ctx context.Context, def *Definition) (*qemuBinary, error
 
 var versionPattern = regexp.MustCompile(`^QEMU emulator version ([0-9]+\.[0-9]+\.[0-9]+)`)
 
-func probeBinary(ctx context.Context, path string) (*qemuBinary, error) {
+func probeBinary(ctx context.Context, path, firmware string) (*qemuBinary, error) {
 	out, err := ask(ctx, path, "--version")
 	if err != nil {
 		return nil, err
@@ -103,7 +109,7 @@ func probeBinary(ctx context.Context, path string) (*qemuBinary, error) {
 	if err != nil {
 		return nil, err
 	}
-	b := &qemuBinary{Path: path, Version: string(v[1])}
+	b := &qemuBinary{Path: path, Firmware: firmware, Version: string(v[1])}
 	b.Machines, b.Aliases = parseMachines(list)
 	return b, nil
 }

@@ -26,7 +26,11 @@ type Config struct {
 	// MemoryReserve is how many bytes must stay available on the host and in
 	// MemoryDir when a guest comes here; 64 MiB by default.
 	MemoryReserve int64
-	Log           *slog.Logger
+	// QEMU and FirmwareDir are this host's, for definitions that set neither:
+	// qemu-system-x86_64 of the PATH with its own firmware by default.
+	QEMU        string
+	FirmwareDir string
+	Log         *slog.Logger
 	// Announce tells the network where a guest's cards are now and returns the
 	// number of addresses announced; announce.Announce by default.
 	Announce func(ctx context.Context, nics []announce.NIC) (int, error)
@@ -94,6 +98,7 @@ func New(cfg Config) (*Driver, error) {
 	if err != nil {
 		return nil, fmt.Errorf("qemu: open netlink: %w", err)
 	}
+	setDefault(&cfg.QEMU, defaultBinary)
 	if cfg.MemoryReserve == 0 {
 		cfg.MemoryReserve = 64 << 20
 	}
@@ -108,6 +113,7 @@ func New(cfg Config) (*Driver, error) {
 	ctx, stop := context.WithCancel(context.Background())
 	return &Driver{
 		cfg: cfg, log: cfg.Log, links: links, ctx: ctx, stop: stop,
+		bins:   binaries{path: cfg.QEMU, firmware: cfg.FirmwareDir},
 		guests: make(map[string]*vm), watchers: make(map[*watcher]struct{}),
 	}, nil
 }

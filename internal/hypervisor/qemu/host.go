@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -82,7 +83,7 @@ func (d *Driver) examine(ctx context.Context, b *bundle, def *Definition) (*runR
 	bin, err := d.bins.get(ctx, def)
 	say(err)
 	if err == nil {
-		run.QEMU, run.Version = bin.Path, bin.Version
+		run.QEMU, run.FirmwareDir, run.Version, run.Started = bin.Path, bin.Firmware, bin.Version, time.Now()
 		if !bin.Machines[b.Machine] {
 			reasons = append(reasons, fmt.Sprintf("QEMU %s of this host (%s) has no machine type %s; install QEMU %s or later, or start the guest with an older machine type",
 				bin.Version, bin.Path, b.Machine, b.QEMU))

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/lmctl/lmctl/guest/flat"
+	"github.com/lmctl/lmctl/internal/testenv"
 )
 
 func accelerators(t *testing.T, test func(t *testing.T, accelerator Accelerator)) {
@@ -83,6 +84,33 @@ func TestMove(t *testing.T) {
 			}
 		}
 	})
+}
+
+// A guest moves to a newer QEMU, between newer ones, and back to the older one
+// with which it was started.
+func TestMoveAcrossVersions(t *testing.T) {
+	old, new1, new2 := newHost(t), newHost(t), newHost(t)
+	for _, h := range []*host{new1, new2} {
+		h.cfg.QEMU, h.cfg.FirmwareDir = testenv.NeedQEMU10(t)
+		h.restart(t)
+	}
+	g := newFlatGuest(t, AcceleratorTCG, "")
+	old.startFlat(t, g)
+	path := []*host{old, new1, new2, old}
+	for i := range path[1:] {
+		move(t, path[i], path[i+1], g)
+		path[i+1].idle(t, g.name)
+	}
+}
+
+// A guest of a machine type that only the newer QEMU has is refused by the older.
+func TestMoveToOlderRefused(t *testing.T) {
+	newer, older := newHost(t), newHost(t)
+	newer.cfg.QEMU, newer.cfg.FirmwareDir = testenv.NeedQEMU10(t)
+	newer.restart(t)
+	g := newFlatGuest(t, AcceleratorTCG, "")
+	newer.startFlat(t, g)
+	refused(t, older, offerOf(t, newer.source(t, g.name)), "has no machine type pc-i440fx-10.")
 }
 
 // idle waits until no operation holds the guest.

@@ -83,7 +83,8 @@ type runRecord struct {
 	Machine     string      `json:"machine"` // versioned
 	Accelerator Accelerator `json:"accelerator"`
 	CPU         string      `json:"cpu"`
-	QEMU        string      `json:"qemu"`    // path of the binary
+	QEMU        string      `json:"qemu"` // path of the binary
+	FirmwareDir string      `json:"firmware_dir,omitempty"`
 	Version     string      `json:"version"` // of that QEMU
 	Started     time.Time   `json:"started"`
 }

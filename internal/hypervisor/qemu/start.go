@@ -75,7 +75,7 @@ func (d *Driver) resolve(ctx context.Context, def *Definition) (*runRecord, erro
 	}
 	return &runRecord{
 		Machine: machine, Accelerator: accel, CPU: cpu,
-		QEMU: bin.Path, Version: bin.Version, Started: time.Now(),
+		QEMU: bin.Path, FirmwareDir: bin.Firmware, Version: bin.Version, Started: time.Now(),
 	}, nil
 }
 
