@@ -111,10 +111,11 @@ func TestNumberFaults(t *testing.T) {
 }
 
 func TestPing(t *testing.T) {
-	pc, err := net.ListenPacket("udp", "127.0.0.1:0")
+	pc, err := net.ListenUDP("udp", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
 	if err != nil {
 		t.Fatal(err)
 	}
+	at := pc.LocalAddr().String()
 	served := workload.NewNet("boot", time.Now())
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
@@ -125,7 +126,7 @@ func TestPing(t *testing.T) {
 			t.Error(err)
 		}
 	}()
-	conn, err := net.Dial("udp", pc.LocalAddr().String())
+	conn, err := net.Dial("udp", at)
 	if err != nil {
 		t.Fatal(err)
 	}

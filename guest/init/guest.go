@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"runtime"
 	"strconv"
 	"strings"
 	"time"
@@ -76,8 +77,8 @@ func (g *guest) serve(ctx context.Context, console *console) error {
 	plain := func(f func(context.Context)) {
 		group.Go(func() error { f(ctx); return nil })
 	}
-	plain(g.memory.Write)
-	plain(g.memory.Check)
+	plain(background(g.memory.Write))
+	plain(background(g.memory.Check))
 	plain(g.clock.Run)
 	if g.disk != nil {
 		plain(g.disk.Write)
@@ -90,6 +91,17 @@ func (g *guest) serve(ctx context.Context, console *console) error {
 	return group.Wait()
 }
 
+// background gives f a thread of its own that the kernel runs only when no other
+// wants to run, so that services answer beside a writer that never rests.
+func background(f func(context.Context)) func(context.Context) {
+	return func(ctx context.Context) {
+		runtime.LockOSThread() // and never unlocked: nobody else is to be that slow
+		// Lowering one's own priority is always allowed.
+		_ = unix.Setpriority(unix.PRIO_PROCESS, 0, 19)
+		f(ctx)
+	}
+}
+
 // listen starts the services on the network.
 func (g *guest) listen(ctx context.Context, group *errgroup.Group) error {
 	numbered, err := net.Listen("tcp", ":"+strconv.Itoa(control.NumberedPort))
@@ -100,7 +112,7 @@ func (g *guest) listen(ctx context.Context, group *errgroup.Group) error {
 	if err != nil {
 		return err
 	}
-	echo, err := net.ListenPacket("udp", ":"+strconv.Itoa(control.EchoPort))
+	echo, err := net.ListenUDP("udp", &net.UDPAddr{Port: control.EchoPort})
 	if err != nil {
 		return err
 	}

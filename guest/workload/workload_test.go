@@ -316,16 +316,17 @@ func TestNumberedReplies(t *testing.T) {
 
 func TestEcho(t *testing.T) {
 	n := NewNet("boot", time.Now())
-	pc, err := net.ListenPacket("udp", "127.0.0.1:0")
+	pc, err := net.ListenUDP("udp", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
 	if err != nil {
 		t.Fatal(err)
 	}
+	at := pc.LocalAddr().String()
 	start(t, func(ctx context.Context) {
 		if err := n.Echo(ctx, pc); err != nil {
 			t.Error(err)
 		}
 	})
-	c, err := net.Dial("udp", pc.LocalAddr().String())
+	c, err := net.Dial("udp", at)
 	if err != nil {
 		t.Fatal(err)
 	}
