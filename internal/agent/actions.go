@@ -62,6 +62,17 @@ func (s *settler) goOn(ctx context.Context, guest string, f ledger.Facts) error 
 	if f.Copy != ledger.PausedCopy {
 		return nil
 	}
+	if f.Shell {
+		// It was told to run, and it is not known whether it does.
+		found, _, err := s.a.driver.ShellOf(guest)
+		if err != nil {
+			return err
+		}
+		if err := found.Resume(ctx); err != nil {
+			return errors.Join(err, found.Close())
+		}
+		return nil
+	}
 	held, err := s.a.driver.Source(guest)
 	if err != nil {
 		return err

@@ -121,8 +121,38 @@ func (a *Agent) hostFacts(ctx context.Context) *lmctlv1.Host {
 // qemuBinary is the hypervisor unless a guest names another.
 const qemuBinary = "qemu-system-x86_64"
 
-// qemuVersion asks the hypervisor for its version, like 7.2.22.
+// qemuAsked is the last answer of qemuVersion, for as long as the binary is the
+// same.
+var qemuAsked struct {
+	sync.Mutex
+	path    string
+	modTime time.Time
+	version string
+}
+
+// qemuVersion is the hypervisor's version, like 7.2.22.
 func qemuVersion(ctx context.Context) (string, error) {
+	path, err := exec.LookPath(qemuBinary)
+	if err != nil {
+		return "", err
+	}
+	st, err := os.Stat(path)
+	if err != nil {
+		return "", err
+	}
+	qemuAsked.Lock()
+	defer qemuAsked.Unlock()
+	if qemuAsked.path == path && qemuAsked.modTime.Equal(st.ModTime()) {
+		return qemuAsked.version, nil
+	}
+	version, err := askQEMU(ctx)
+	if err == nil {
+		qemuAsked.path, qemuAsked.modTime, qemuAsked.version = path, st.ModTime(), version
+	}
+	return version, err
+}
+
+func askQEMU(ctx context.Context) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
 	out, err := exec.CommandContext(ctx, qemuBinary, "--version").Output()

@@ -2,11 +2,13 @@ package agent
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"sync"
 	"time"
 
+	"github.com/lmctl/lmctl/internal/hypervisor/qemu"
 	"github.com/lmctl/lmctl/internal/ledger"
 	"github.com/lmctl/lmctl/migrate"
 )
@@ -110,7 +112,10 @@ func (s *settler) doubt(guest string) (string, bool) {
 		return "", false
 	}
 	switch g.decision.Action {
-	case ledger.Ask, ledger.Wait, ledger.Doubt:
+	case ledger.Ask, ledger.Wait:
+		// A guest that is this host's for certain only waits for its turn.
+		return g.decision.Reason, s.a.ledger.Owns(guest) != nil
+	case ledger.Doubt:
 		return g.decision.Reason, true
 	}
 	return "", false
@@ -225,7 +230,11 @@ func (s *settler) settle(ctx context.Context, name string, peer *ledger.Statemen
 		}
 		log := s.a.log.With("guest", name, "action", string(d.Action), "reason", d.Reason)
 		if err := s.carryOut(ctx, d.Action, record, facts, peer, g); err != nil {
-			log.Error("settling a guest failed", "error", err)
+			level := slog.LevelError
+			if busy := (*qemu.BusyError)(nil); errors.As(err, &busy) {
+				level = slog.LevelDebug // the end of that is waited for
+			}
+			log.Log(ctx, level, "settling a guest failed", "error", err)
 			d = ledger.Decision{Action: ledger.Wait, Reason: fmt.Sprintf("%s, but: %v", d.Reason, err)}
 			break
 		}

@@ -1,0 +1,313 @@
+package agent
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"path/filepath"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/lmctl/lmctl/internal/api"
+	"github.com/lmctl/lmctl/internal/hypervisor/qemu"
+	"github.com/lmctl/lmctl/internal/pki"
+	"github.com/lmctl/lmctl/migrate"
+)
+
+// fakeDriver is a hypervisor without processes, for what the real one cannot
+// be brought into.
+type fakeDriver struct {
+	mu     sync.Mutex
+	guests map[string]*qemu.Info
+	told   []string // what was done, in order
+}
+
+func (d *fakeDriver) did(format string, args ...any) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.told = append(d.told, fmt.Sprintf(format, args...))
+}
+
+func (d *fakeDriver) history() []string {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return append([]string(nil), d.told...)
+}
+
+func (d *fakeDriver) set(name string, change func(*qemu.Info)) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	info := d.guests[name]
+	if info == nil {
+		info = &qemu.Info{Name: name, UUID: "uuid-" + name, State: qemu.StateStopped}
+		d.guests[name] = info
+	}
+	change(info)
+}
+
+func (d *fakeDriver) remove(name string) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	delete(d.guests, name)
+}
+
+func (d *fakeDriver) Adopt(context.Context) error { return nil }
+func (d *fakeDriver) Close() error                { return nil }
+
+func (d *fakeDriver) Define(text []byte) (*qemu.Definition, error) {
+	def, err := qemu.ParseDefinition(text)
+	if err != nil {
+		return nil, err
+	}
+	d.set(def.Name, func(i *qemu.Info) { i.UUID, i.Definition = def.UUID, *def })
+	return def, nil
+}
+
+func (d *fakeDriver) Undefine(name string) error {
+	d.did("undefine %s", name)
+	d.remove(name)
+	return nil
+}
+
+func (d *fakeDriver) Start(_ context.Context, name string) error {
+	d.set(name, func(i *qemu.Info) { i.State, i.PID = qemu.StateRunning, 1 })
+	return nil
+}
+
+func (d *fakeDriver) Stop(context.Context, string, time.Duration) error { return qemu.ErrStillRunning }
+
+func (d *fakeDriver) Destroy(_ context.Context, name string) error {
+	d.set(name, func(i *qemu.Info) { i.State, i.PID = qemu.StateStopped, 0 })
+	return nil
+}
+
+func (d *fakeDriver) List() []qemu.Info {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	var all []qemu.Info
+	for _, i := range d.guests {
+		all = append(all, *i)
+	}
+	return all
+}
+
+func (d *fakeDriver) Get(name string) (qemu.Info, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if i := d.guests[name]; i != nil {
+		return *i, nil
+	}
+	return qemu.Info{}, fmt.Errorf("guest %s: %w", name, qemu.ErrNotFound)
+}
+
+func (d *fakeDriver) Watch(ctx context.Context) <-chan qemu.Info {
+	out := make(chan qemu.Info)
+	go func() {
+		<-ctx.Done()
+		close(out)
+	}()
+	return out
+}
+
+func (d *fakeDriver) Prepare(context.Context, migrate.Offer) (migrate.Shell, error) {
+	return nil, &migrate.Refusal{Reasons: []string{"this host is a fake"}}
+}
+
+func (d *fakeDriver) Source(name string) (sourceGuest, error) {
+	if _, err := d.Get(name); err != nil {
+		return nil, err
+	}
+	return &fakeGuest{d: d, name: name}, nil
+}
+
+func (d *fakeDriver) ShellOf(name string) (foundShell, bool, error) {
+	if _, err := d.Get(name); err != nil {
+		return nil, false, err
+	}
+	return &fakeShell{d: d, name: name, lost: make(chan struct{})}, false, nil
+}
+
+// fakeGuest can do what the settler asks of a guest; the engine's questions it
+// does not answer.
+type fakeGuest struct {
+	migrate.Guest
+	d    *fakeDriver
+	name string
+}
+
+func (g *fakeGuest) Name() string { return g.name }
+func (g *fakeGuest) UUID() string { return "uuid-" + g.name }
+func (g *fakeGuest) Close() error { return nil }
+func (g *fakeGuest) Movable(context.Context) error {
+	return &migrate.Refusal{Reasons: []string{"it has a device that cannot move"}}
+}
+
+func (g *fakeGuest) Process() migrate.Process { return migrate.Process{PID: -1, PIDFD: -1} }
+
+func (g *fakeGuest) Resume(context.Context) error {
+	g.d.did("resume %s", g.name)
+	g.d.set(g.name, func(i *qemu.Info) { i.State, i.Suspended = qemu.StateRunning, false })
+	return nil
+}
+
+func (g *fakeGuest) Suspend(context.Context, io.Writer) (time.Time, error) {
+	g.d.did("suspend %s", g.name)
+	g.d.set(g.name, func(i *qemu.Info) { i.State, i.Suspended = qemu.StateMigrating, true })
+	return time.Now(), nil
+}
+
+func (g *fakeGuest) Release(context.Context) error {
+	g.d.did("release %s", g.name)
+	g.d.remove(g.name)
+	return nil
+}
+
+type fakeShell struct {
+	d    *fakeDriver
+	name string
+	lost chan struct{}
+}
+
+func (s *fakeShell) Memory() []migrate.Memory                   { return nil }
+func (s *fakeShell) LoadState(context.Context, io.Reader) error { return nil }
+func (s *fakeShell) Announce(context.Context) (int, error)      { return 0, nil }
+func (s *fakeShell) Lost() <-chan struct{}                      { return s.lost }
+func (s *fakeShell) Close() error                               { return nil }
+func (s *fakeShell) Resume(context.Context) error {
+	s.d.did("run %s", s.name)
+	s.d.set(s.name, func(i *qemu.Info) { i.State = qemu.StateRunning })
+	return nil
+}
+
+func (s *fakeShell) Destroy(context.Context) error {
+	s.d.did("destroy the shell of %s", s.name)
+	s.d.remove(s.name)
+	return nil
+}
+
+// site is some hosts with one authority.
+type site struct {
+	t     *testing.T
+	ca    string
+	peers map[string]string
+}
+
+// newSite reserves an address for each host.
+func newSite(t *testing.T, hosts ...string) *site {
+	t.Helper()
+	s := &site{t: t, ca: filepath.Join(t.TempDir(), "ca"), peers: make(map[string]string)}
+	if err := pki.Init(s.ca); err != nil {
+		t.Fatal(err)
+	}
+	for _, host := range hosts {
+		ln, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		s.peers[host] = ln.Addr().String()
+		if err := ln.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return s
+}
+
+func (s *site) issue(role pki.Role, name string) pki.Files {
+	s.t.Helper()
+	dir := filepath.Join(s.t.TempDir(), name)
+	if err := pki.Issue(s.ca, pki.Request{Role: role, Name: name}, dir); err != nil {
+		s.t.Fatal(err)
+	}
+	return pki.FilesIn(dir)
+}
+
+func (s *site) identity(role pki.Role, name string) *pki.Identity {
+	s.t.Helper()
+	id, err := pki.Load(s.issue(role, name))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return id
+}
+
+func (s *site) config(host string) Config {
+	s.t.Helper()
+	cfg, err := DefaultConfig()
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	dir, files := s.t.TempDir(), s.issue(pki.Host, host)
+	cfg.Name, cfg.Listen, cfg.Metrics = host, s.peers[host], ""
+	cfg.Socket, cfg.StateDir, cfg.RunDir, cfg.MemoryDir = filepath.Join(dir, "agent.sock"), filepath.Join(dir, "state"), filepath.Join(dir, "run"), filepath.Join(dir, "memory")
+	cfg.TLS = TLSConfig{CA: files.CA, Cert: files.Cert, Key: files.Key}
+	for name, addr := range s.peers {
+		if name != host {
+			cfg.Peers[name] = addr
+		}
+	}
+	return cfg
+}
+
+// agent makes an agent with a fake driver that does not serve yet.
+func (s *site) agent(cfg Config, d *fakeDriver) *Agent {
+	s.t.Helper()
+	a, err := newAgent(s.t.Context(), cfg, "test", slog.New(slog.DiscardHandler), func(*Agent) (driver, error) { return d, nil })
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.t.Cleanup(func() {
+		if err := a.Close(); err != nil {
+			s.t.Error(err)
+		}
+	})
+	return a
+}
+
+// serve runs an agent until the test ends, and returns once it answers.
+func (s *site) serve(a *Agent) *api.Client {
+	s.t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- a.Run(ctx, context.Background()) }()
+	s.t.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil {
+			s.t.Error(err)
+		}
+	})
+	for {
+		conn, err := net.Dial("unix", a.cfg.Socket)
+		if err == nil {
+			if err := conn.Close(); err != nil {
+				s.t.Fatal(err)
+			}
+			break
+		}
+		select {
+		case err := <-done:
+			done <- nil
+			s.t.Fatalf("the agent has ended: %v", err)
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
+	return s.client(api.Target{Socket: a.cfg.Socket})
+}
+
+func (s *site) client(t api.Target) *api.Client {
+	s.t.Helper()
+	c, err := api.Dial(t)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.t.Cleanup(func() {
+		if err := c.Close(); err != nil {
+			s.t.Error(err)
+		}
+	})
+	return c
+}
+
+func newFake() *fakeDriver { return &fakeDriver{guests: make(map[string]*qemu.Info)} }
