@@ -22,7 +22,7 @@ import (
 )
 
 // TestMain makes this test binary stand in for lmctl: its verb agent is an
-// agent that does nothing but answer on its socket.
+// agent that does nothing but answer on its socket, and exec is Lab.Exec.
 func TestMain(m *testing.M) {
 	if len(os.Args) == 4 && os.Args[1] == "agent" {
 		if err := standIn(os.Args[3]); err != nil {
@@ -31,7 +31,20 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(0)
 	}
-	os.Exit(m.Run())
+	if len(os.Args) > 4 && os.Args[1] == "exec" {
+		l, err := Open(os.Args[2])
+		if err == nil {
+			err = l.Exec(os.Args[3], os.Args[4:])
+		}
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	code := m.Run()
+	if err := os.RemoveAll(built); built != "" && err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		code = 1
+	}
+	os.Exit(code)
 }
 
 func standIn(config string) error {
