@@ -28,7 +28,7 @@ func (c *cluster) tidy(g *flatGuest, host string, has bool) error {
 	if has {
 		want = 1
 	}
-	pids := qemusOf(c.t, g.uuid, c.lab.RunDir(host))
+	pids := qemusOf(c.t, g.uuid, c.lab.HostDir(host))
 	if len(pids) != want {
 		return fmt.Errorf("processes %v, want %d", pids, want)
 	}
@@ -58,7 +58,7 @@ func (c *cluster) tidy(g *flatGuest, host string, has bool) error {
 }
 
 // qemusOf finds the QEMU processes of a guest on a host by their command line.
-func qemusOf(t *testing.T, uuid, runDir string) []int {
+func qemusOf(t *testing.T, uuid, hostDir string) []int {
 	t.Helper()
 	dirs, err := filepath.Glob("/proc/[0-9]*/cmdline")
 	if err != nil {
@@ -71,7 +71,7 @@ func qemusOf(t *testing.T, uuid, runDir string) []int {
 			continue // it has ended meanwhile
 		}
 		args := strings.Split(string(b), "\x00")
-		if slices.Contains(args, uuid) && strings.Contains(string(b), runDir) {
+		if slices.Contains(args, uuid) && strings.Contains(string(b), hostDir+"/") {
 			var pid int
 			if _, err := fmt.Sscanf(d, "/proc/%d/", &pid); err != nil {
 				t.Fatal(err)

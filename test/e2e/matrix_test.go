@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"os"
@@ -55,6 +56,7 @@ var faults = []fault{
 // unharmed, and that nothing else is left.
 func TestCrashMatrix(t *testing.T) {
 	c := newCluster(t, smallMemory)
+	var guest *flatGuest
 	for _, side := range []struct {
 		role   string
 		states []migrate.State
@@ -64,7 +66,11 @@ func TestCrashMatrix(t *testing.T) {
 				name := fmt.Sprintf("%s %s/%s", side.role, state, f.name)
 				t.Run(strings.ReplaceAll(name, " ", "-"), func(t *testing.T) {
 					m := &matrixCase{cluster: c.in(t), role: side.role, state: state}
-					m.run(f)
+					m.guest = m.ready(guest)
+					guest = nil // unless it comes out of this well
+					if m.run(f) {
+						guest = m.guest
+					}
 				})
 			}
 		}
@@ -95,15 +101,35 @@ type matrixCase struct {
 	ranAtKill                 bool // and its vCPUs may have run at the destination
 }
 
-const matrixGuest = "cell"
+// ready returns a guest that runs on host1: the one of the case before, moved
+// back if need be, or a new one.
+func (m *matrixCase) ready(g *flatGuest) *flatGuest {
+	if g == nil {
+		name := "cell-" + strings.ToLower(rand.Text()[:8])
+		return m.startFlat(name, "host1", flat.Config{Memory: 32 << 20, Pages: 4000, Rate: 20000}, "")
+	}
+	again := *g
+	again.c = m.cluster
+	if info, err := m.cluster.guest("host2", g.name); err != nil {
+		m.t.Fatal(err)
+	} else if info != nil {
+		m.move(g.name, "host2", "host1")
+	}
+	return &again
+}
 
-func (m *matrixCase) run(f fault) {
-	m.guest = m.startFlat(matrixGuest, "host1", flat.Config{Memory: 32 << 20, Pages: 4000, Rate: 20000}, "")
-	defer m.destroy(m.guest)
+// run does the fault and reports whether the guest runs on, having failed the
+// test if it should and does not.
+func (m *matrixCase) run(f fault) (lives bool) {
+	defer func() {
+		if !lives {
+			m.destroy(m.guest)
+		}
+	}()
 	w := m.watchRunning(m.guest)
 	point := filepath.Join(m.failpoints, m.role+"."+string(m.state))
 	m.write(point)
-	m.id = m.start(matrixGuest, "host1", "host2", &lmctlv1.MigrationOptions{})
+	m.id = m.start(m.guest.name, "host1", "host2", &lmctlv1.MigrationOptions{})
 	m.eventually("the migration reaches "+string(m.state), func() error {
 		_, err := os.Stat(point + ".reached")
 		return err
@@ -120,6 +146,7 @@ func (m *matrixCase) run(f fault) {
 		w.never2()
 	}
 	m.nothingLeft(m.guest, host)
+	return host != "" && !m.t.Failed()
 }
 
 // settled waits until both agents agree on where the guest is, and returns the
@@ -129,13 +156,13 @@ func (m *matrixCase) settled() (host string) {
 	m.eventually("both hosts settle", func() (err error) {
 		var running, ended []string
 		for _, h := range m.lab.Hosts() {
-			g, err := m.cluster.guest(h, matrixGuest)
+			g, err := m.cluster.guest(h, m.guest.name)
 			switch {
 			case err != nil:
 				return err
 			case g == nil:
-			case g.Busy != "":
-				return fmt.Errorf("%s is busy with %s on %s", g.Name, g.Busy, h)
+			case g.Busy != "" || g.Migration != "":
+				return fmt.Errorf("%s is busy on %s: %s %s", g.Name, h, g.Busy, g.Migration)
 			case g.State == "running":
 				running = append(running, h)
 			case g.State == "stopped" && g.End != nil && g.End.Cause != "":
@@ -178,7 +205,7 @@ func (m *matrixCase) startAgent(host string) {
 // killQEMU kills a host's copy of the guest, and skips where there is none yet
 // or no more.
 func (m *matrixCase) killQEMU(host string) {
-	pids := qemusOf(m.t, m.guest.uuid, m.lab.RunDir(host))
+	pids := qemusOf(m.t, m.guest.uuid, m.lab.HostDir(host))
 	if len(pids) == 0 {
 		m.t.Logf("no copy on %s at this state", host)
 		return
@@ -188,7 +215,7 @@ func (m *matrixCase) killQEMU(host string) {
 		m.t.Fatal(err)
 	}
 	defer unix.Close(fd)
-	if !slices.Equal(pids, qemusOf(m.t, m.guest.uuid, m.lab.RunDir(host))) {
+	if !slices.Equal(pids, qemusOf(m.t, m.guest.uuid, m.lab.HostDir(host))) {
 		m.t.Fatalf("processes %v changed", pids)
 	}
 	if err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); err != nil {
