@@ -37,7 +37,7 @@ func BuildInit(ctx context.Context) ([]byte, error) {
 	defer os.RemoveAll(dir)
 	out := filepath.Join(dir, "init")
 	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-buildvcs=false", "-ldflags", "-s -w", "-o", out, "github.com/lmctl/lmctl/guest/init")
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=-buildvcs=false")
 	if said, err := cmd.CombinedOutput(); err != nil {
 		return nil, fmt.Errorf("build the guest's init: %w: %s", err, strings.TrimSpace(string(said)))
 	}

@@ -12,8 +12,6 @@ import (
 // PageSize is the unit of writing and checking memory, in bytes.
 const PageSize = 4096
 
-const pageWords = PageSize / 8
-
 // A page of the working set says which page it is and how many times it was
 // written; all words after these two follow from them and the seed. A page that
 // is lost, stale, torn or in the wrong place shows.

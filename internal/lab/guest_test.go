@@ -37,7 +37,7 @@ var program = sync.OnceValues(func() (string, error) {
 		return "", err
 	}
 	cmd := exec.Command("go", "build", "-o", filepath.Join(dir, "lmctl"), "github.com/lmctl/lmctl/cmd/lmctl")
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=-buildvcs=false")
 	out, err := cmd.CombinedOutput()
 	os.Stderr.Write(out)
 	return filepath.Join(dir, "lmctl"), err
