@@ -33,10 +33,8 @@ type Memory struct {
 // valid as long as the guest is.
 type Process = dirtymap.Process
 
-// Guest is a running guest at the source, as the engine needs it. Every method
-// may be called once the one before has returned; none is called concurrently
-// with another, except that Drain may run beside nothing else and SaveState
-// runs beside reads of the memory files.
+// Guest is a running guest at the source, as the engine needs it. No method is
+// called before the one before has returned.
 type Guest interface {
 	// Name and UUID identify the guest on every host.
 	Name() string

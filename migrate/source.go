@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -48,6 +49,8 @@ type source struct {
 	suspended bool      // Suspend was called
 	stopped   time.Time // when the guest stopped
 	committed bool      // the record stands, or may stand
+
+	forwarding sync.WaitGroup
 
 	stateBytes atomic.Int64 // device state sent
 
@@ -223,14 +226,8 @@ func (m *source) prepare(ctx context.Context, lost func(error)) error {
 func (m *source) release(ctx context.Context) error {
 	// The guest is gone from here whatever goes wrong now, so nothing below
 	// fails the migration; the agent's next start removes what may be left.
+	m.forwarding.Wait()
 	m.closeTracker()
-	forward, stop := context.WithTimeout(ctx, forwardFor)
-	if n, err := m.job.Guest.Forward(forward); err != nil {
-		m.log.Warn("frames that waited for the guest were lost", "forwarded", n, "error", err)
-	} else if n > 0 {
-		m.log.Debug("forwarded frames that waited for the guest", "frames", n)
-	}
-	stop()
 	release, stop := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
 	defer stop()
 	if err := m.job.Guest.Release(release); err != nil {
@@ -251,10 +248,6 @@ func (m *source) release(ctx context.Context) error {
 	return nil
 }
 
-// forwardFor is how long frames that still arrive here are sent after the
-// guest: the announcement reaches a local network well within it.
-const forwardFor = 20 * time.Millisecond
-
 // conclude undoes what has to be undone and words the outcome.
 func (m *source) conclude(ctx context.Context, err error) error {
 	reached := m.state.Load().(State)
@@ -263,6 +256,7 @@ func (m *source) conclude(ctx context.Context, err error) error {
 		m.report.Result = Completed
 	case m.committed:
 		m.report.Result = InDoubt
+		m.forwarding.Wait()
 		var back *withdrawnError
 		if errors.As(err, &back) {
 			err = m.reclaim(ctx, err)
@@ -356,6 +350,7 @@ func (m *source) closeTracker() {
 }
 
 func (m *source) cleanUp() {
+	m.forwarding.Wait()
 	m.closeTracker()
 	if m.streams != nil {
 		m.report.BytesSent += m.streams.sent.Load()

@@ -173,5 +173,23 @@ func (m *source) awaitOwned(ctx context.Context) error {
 	}
 	m.report.Downtime = time.Since(m.stopped)
 	m.report.DowntimeParts.Resume = r.Resume
+	m.forwarding.Go(func() { m.forward(ctx) })
 	return m.peer.await(ctx, ctlOwned, nil)
+}
+
+// forwardFor is how long frames that still arrive here are sent after the
+// guest: the announcement reaches a local network well within it.
+const forwardFor = 20 * time.Millisecond
+
+// forward sends what waits here for the guest's network after it. Its clients
+// would otherwise wait for a retransmission, many times the downtime.
+func (m *source) forward(ctx context.Context) {
+	ctx, stop := context.WithTimeout(ctx, forwardFor)
+	defer stop()
+	n, err := m.job.Guest.Forward(ctx)
+	if err != nil {
+		m.log.Warn("frames that waited for the guest were lost", "forwarded", n, "error", err)
+	} else if n > 0 {
+		m.log.Debug("forwarded frames that waited for the guest", "frames", n)
+	}
 }
