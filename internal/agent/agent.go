@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/keepalive"
 
 	"github.com/lmctl/lmctl/dirtymap"
 	"github.com/lmctl/lmctl/internal/api"
@@ -185,7 +186,9 @@ func (a *Agent) Run(ctx, hurry context.Context) error {
 	a.stop(hurry, port)
 	a.cancel()
 	server.Stop()
-	return errors.Join(err, closePort(port), <-failed, metrics.Close(), watchdog.Close())
+	err = errors.Join(err, closePort(port), <-failed, metrics.Close(), watchdog.Close())
+	a.log.Info("agent has stopped")
+	return err
 }
 
 // stop waits for migrations, then cancels them and waits for that.
@@ -241,6 +244,7 @@ func (a *Agent) newServer() *grpc.Server {
 		grpc.ChainStreamInterceptor(authorizeStream, a.errorsStream),
 		grpc.MaxRecvMsgSize(api.MaxMessage),
 		grpc.WaitForHandlers(true),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: api.KeepaliveTime / 2, PermitWithoutStream: true}),
 	)
 	lmctlv1.RegisterGuestsServer(s, &guestService{a: a})
 	lmctlv1.RegisterMigrationsServer(s, &migrationService{a: a})

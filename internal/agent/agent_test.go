@@ -22,10 +22,10 @@ import (
 )
 
 // codeIs says whether an error of a call has a code.
-func codeIs(t *testing.T, err error, want codes.Code) *api.Error {
+func codeIs(t *testing.T, err error, want ...codes.Code) *api.Error {
 	t.Helper()
 	var e *api.Error
-	if !errors.As(err, &e) || e.Code != want {
+	if !errors.As(err, &e) || !slices.Contains(want, e.Code) {
 		t.Fatalf("%v, want %v", err, want)
 	}
 	return e

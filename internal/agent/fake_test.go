@@ -23,6 +23,8 @@ type fakeDriver struct {
 	mu     sync.Mutex
 	guests map[string]*qemu.Info
 	told   []string // what was done, in order
+	// held, if set, has a migration wait in its first question until its end.
+	held chan struct{}
 }
 
 func (d *fakeDriver) did(format string, args ...any) {
@@ -141,7 +143,12 @@ type fakeGuest struct {
 func (g *fakeGuest) Name() string { return g.name }
 func (g *fakeGuest) UUID() string { return "uuid-" + g.name }
 func (g *fakeGuest) Close() error { return nil }
-func (g *fakeGuest) Movable(context.Context) error {
+func (g *fakeGuest) Movable(ctx context.Context) error {
+	if g.d.held != nil {
+		close(g.d.held)
+		<-ctx.Done()
+		return context.Cause(ctx)
+	}
 	return &migrate.Refusal{Reasons: []string{"it has a device that cannot move"}}
 }
 

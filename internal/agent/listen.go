@@ -45,11 +45,10 @@ func newMux(ln net.Listener, id *pki.Identity, limits LimitsConfig, log *slog.Lo
 	}
 }
 
-// run accepts until close.
+// run accepts until close, and returns when the data plane's connections have
+// ended too: by themselves, or because ctx has.
 func (m *mux) run(ctx context.Context) error {
-	ctx, cancel := context.WithCancel(ctx)
 	defer m.wg.Wait()
-	defer cancel()
 	for {
 		// Too many strangers at once wait in the kernel's queue.
 		select {

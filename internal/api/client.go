@@ -6,10 +6,13 @@ import (
 	"fmt"
 	"net"
 	"strings"
+	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/keepalive"
 
 	"github.com/lmctl/lmctl/internal/api/lmctlv1"
 	"github.com/lmctl/lmctl/internal/pki"
@@ -17,6 +20,15 @@ import (
 
 // MaxMessage bounds a message in either direction, in bytes.
 const MaxMessage = 4 << 20
+
+// KeepaliveTime is how often a silent connection is looked after. An agent that
+// was away is found again within seconds of its return, and one
+// that is silent is given up as soon: what is in doubt waits for that.
+const (
+	KeepaliveTime    = 10 * time.Second
+	keepaliveTimeout = 5 * time.Second
+	redialMax        = time.Second
+)
 
 // Target is an agent to talk to: by its unix socket or, with an identity, over
 // the network.
@@ -46,6 +58,11 @@ func Dial(t Target) (*Client, error) {
 		grpc.WithStreamInterceptor(streamErrors),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(MaxMessage)),
 		grpc.WithDisableServiceConfig(),
+		grpc.WithConnectParams(grpc.ConnectParams{
+			Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: redialMax},
+			MinConnectTimeout: keepaliveTimeout,
+		}),
+		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: KeepaliveTime, Timeout: keepaliveTimeout, PermitWithoutStream: true}),
 	}
 	target := "passthrough:///agent"
 	switch {
