@@ -178,7 +178,7 @@ func (v *vm) adoptRunning(ctx context.Context, inst *instance) error {
 	if runstate == "running" {
 		v.learn()
 	}
-	v.refresh(ctx, inst)
+	v.refreshBlind(ctx, inst)
 	return nil
 }
 

@@ -85,12 +85,16 @@ type Size int64
 // MarshalYAML writes the size with the largest binary unit that divides it.
 func (s Size) MarshalYAML() ([]byte, error) { return []byte(s.String()), nil }
 
-// UnmarshalYAML reads a size such as 512MiB or a plain number of bytes.
+// badSize stands for a text that is no size, until validation finds its place.
+const badSize Size = -1
+
+// UnmarshalYAML reads a size such as 512MiB or a plain number of bytes. It
+// leaves it to validation to refuse another text, which knows where it stands.
 func (s *Size) UnmarshalYAML(b []byte) error {
-	text := strings.Trim(strings.TrimSpace(string(b)), `"'`)
-	n, err := humanize.ParseBytes(text)
+	n, err := humanize.ParseBytes(strings.Trim(strings.TrimSpace(string(b)), `"'`))
 	if err != nil || n > 1<<62 {
-		return fmt.Errorf("%q is no size: write it like 512MiB or 4GiB", text)
+		*s = badSize
+		return nil
 	}
 	*s = Size(n)
 	return nil

@@ -17,7 +17,8 @@ type instance struct {
 	intent    EndCause // what an operator asked for, empty if nothing
 	end       *End     // decided, once it must go
 	words     string   // what QEMU said about its end
-	quitting  bool     // QEMU is about to exit, told by a signal or by somebody else
+	guestOff  bool     // the guest has switched itself off
+	blind     bool     // events may have been missed
 	unmet     bool     // adopted, but it has not answered yet
 	offset    int64    // where this run's words begin in the log
 }
@@ -114,7 +115,7 @@ func (v *vm) redial(ctx context.Context, inst *instance) *subscription {
 				v.d.log.Warn("close the old QMP connection", "guest", v.def.Name, "error", err)
 			}
 			if !unmet {
-				v.refresh(ctx, inst)
+				v.refreshBlind(ctx, inst)
 			} else {
 				v.d.wg.Go(func() { v.adoptLate(ctx, inst) }) // it may wait for us
 			}
@@ -150,8 +151,10 @@ func (v *vm) noteEnd(inst *instance, e event) {
 	defer v.mu.Unlock()
 	switch e.Event.Event {
 	case "SHUTDOWN":
-		if guest, _ := e.Data["guest"].(bool); !guest {
-			inst.words, inst.quitting = e.text("reason"), true
+		if guest, _ := e.Data["guest"].(bool); guest {
+			inst.guestOff = true
+		} else {
+			inst.words = e.text("reason")
 		}
 	case "GUEST_PANICKED":
 		inst.words = "the guest's kernel panicked"
@@ -178,6 +181,19 @@ func (v *vm) refresh(ctx context.Context, inst *instance) {
 	})
 }
 
+// refreshBlind is refresh for a QEMU whose events may have been missed: its
+// state has to do.
+func (v *vm) refreshBlind(ctx context.Context, inst *instance) {
+	set := func(blind bool) {
+		v.mu.Lock()
+		inst.blind = blind
+		v.mu.Unlock()
+	}
+	set(true)
+	v.refresh(ctx, inst)
+	set(false)
+}
+
 func (v *vm) queryStatus(ctx context.Context, inst *instance) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, commandTimeout)
 	defer cancel()
@@ -199,10 +215,13 @@ func (v *vm) monitor(inst *instance) *monitor {
 func (v *vm) endOf(inst *instance, runstate string) *End {
 	v.mu.Lock()
 	defer v.mu.Unlock()
+	if inst.suspended {
+		return nil // it may be another host's; Resume looks again
+	}
 	switch runstate {
 	case "shutdown":
-		if inst.quitting {
-			return nil // the process tells how it ended
+		if !inst.guestOff && !inst.blind {
+			return nil // not the guest's doing: QEMU exits by itself and tells how
 		}
 		if inst.intent != "" {
 			return &End{Cause: inst.intent}
@@ -214,6 +233,11 @@ func (v *vm) endOf(inst *instance, runstate string) *End {
 		return &End{Cause: EndCrashed, Detail: "the CPU could not go on (QEMU's state is internal-error); see qemu.log"}
 	}
 	return nil
+}
+
+// terminal says of QEMU's state that the guest cannot go on from it.
+func terminal(runstate string) bool {
+	return runstate == "shutdown" || runstate == "guest-panicked" || runstate == "internal-error"
 }
 
 // stateOf translates QEMU's state. The vm's mu is held.

@@ -48,7 +48,7 @@ func (g *Guest) resume(ctx context.Context) error {
 	}
 	g.v.change(func() { g.inst.suspended = false })
 	// What came of the guest meanwhile was left to us.
-	g.v.refresh(ctx, g.inst)
+	g.v.refreshBlind(ctx, g.inst)
 	return nil
 }
 
@@ -62,7 +62,7 @@ func (g *Guest) revive(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if runstate != "running" && g.v.endOf(g.inst, runstate) == nil {
+	if runstate != "running" && !terminal(runstate) {
 		if err := mon.run(ctx, "cont", nil, nil); err != nil {
 			return err
 		}
@@ -70,7 +70,7 @@ func (g *Guest) revive(ctx context.Context) error {
 			return err
 		}
 	}
-	if runstate != "running" && g.v.endOf(g.inst, runstate) == nil {
+	if runstate != "running" && !terminal(runstate) {
 		return fmt.Errorf("QEMU says it is %s, not running", runstate)
 	}
 	return g.v.restore(ctx, mon)

@@ -41,7 +41,7 @@ func (s *Shell) run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if runstate != "running" && s.v.endOf(s.inst, runstate) == nil {
+	if runstate != "running" && !terminal(runstate) {
 		return fmt.Errorf("QEMU says it is %s, not running", runstate)
 	}
 	return nil

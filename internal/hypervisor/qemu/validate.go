@@ -103,6 +103,8 @@ func (v *validation) machine(d *Definition) {
 	switch {
 	case d.Memory == 0:
 		v.bad("memory", "it is missing: say how much RAM the guest has, like 512MiB")
+	case d.Memory == badSize:
+		v.bad("memory", "it is no size: write it like 512MiB or 4GiB")
 	case d.Memory%minMemory != 0 || d.Memory < minMemory || d.Memory > maxMemory:
 		v.bad("memory", "%s must be a multiple of 1MiB and at most %s", d.Memory, Size(maxMemory))
 	}
