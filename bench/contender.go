@@ -3,20 +3,31 @@ package bench
 import (
 	"context"
 	"time"
+
+	"github.com/lmctl/lmctl/internal/hypervisor/qemu"
 )
 
 // Contender is a way to move a guest.
 type Contender struct {
 	Name  string
 	Title string
-	// IdleOnly says that the contender has no pre-copy and thus nothing to show
-	// with a guest that writes.
-	IdleOnly bool
 
+	keeper *keeper
+	travel travel // nil for guests that move in one way only
+}
+
+// keeper starts guests. Contenders with the same keeper share a guest.
+type keeper struct {
+	name  string
 	start func(ctx context.Context, b *bed, name string, definition []byte) (subject, error)
 }
 
-// subject is a guest in a contender's hands.
+var (
+	byAgents = &keeper{"agents", startManaged}
+	byBench  = &keeper{"bench", startUnmanaged}
+)
+
+// subject is a guest in a keeper's hands.
 type subject interface {
 	// place is where the guest runs, next where move will take it.
 	place() place
@@ -26,10 +37,14 @@ type subject interface {
 	resume(ctx context.Context) error
 	// move takes the guest to the other host and returns when it runs there and
 	// the command is done.
-	move(ctx context.Context) (Own, error)
+	move(ctx context.Context, how travel) (Own, error)
 	// close removes the guest.
 	close(ctx context.Context) error
 }
+
+// travel is how a guest of the bench's own gets to a destination that waits for
+// it, and runs there.
+type travel func(ctx context.Context, u *unmanaged, destination *qemu.Observer) (Own, error)
 
 // place is a guest on a host.
 type place struct {
@@ -66,18 +81,19 @@ const comparableDowntime = 30 * time.Millisecond
 // Contenders are all there are.
 func Contenders() []Contender {
 	return []Contender{
-		{Name: "lmctl", Title: "lmctl, its defaults", start: startManaged},
-		{Name: "qemu", Title: "QEMU's pre-copy, its defaults", start: ownPrecopy(settings{})},
+		{Name: "lmctl", Title: "lmctl, its defaults", keeper: byAgents},
+		{Name: "qemu", Title: "QEMU's pre-copy, its defaults", keeper: byBench, travel: precopy(nil)},
 		{
 			Name: "qemu-unlimited", Title: "QEMU's pre-copy, no bandwidth limit",
-			start: ownPrecopy(settings{parameters: map[string]int64{"max-bandwidth": 1 << 40}}),
+			keeper: byBench, travel: precopy(parameters{"max-bandwidth": 1 << 40}),
 		},
 		{
-			Name: "qemu-30ms", Title: "QEMU's pre-copy, no bandwidth limit, downtime limit 30 ms",
-			start: ownPrecopy(settings{parameters: map[string]int64{
-				"max-bandwidth": 1 << 40, "downtime-limit": comparableDowntime.Milliseconds(),
-			}}),
+			Name: "qemu-30ms", Title: "QEMU's pre-copy, no bandwidth limit, downtime limit 30 ms", keeper: byBench,
+			travel: precopy(parameters{"max-bandwidth": 1 << 40, "downtime-limit": comparableDowntime.Milliseconds()}),
 		},
-		{Name: "floor", Title: "QEMU's stop, save and load of the device state, cont", IdleOnly: true, start: startFloor},
+		{
+			Name: "floor", Title: "QEMU's stop, save and load of the device state, and cont; memory copied in between is not counted",
+			keeper: byBench, travel: travelStopped,
+		},
 	}
 }

@@ -13,19 +13,9 @@ import (
 	"github.com/lmctl/lmctl/internal/hypervisor/qemu"
 )
 
-// startFloor makes a guest that shows what QEMU itself needs at the least: it is
-// stopped, its memory is copied outside of the measurement, its device state
-// alone is saved and loaded, and it goes on. The downtime is the sum of what
-// QEMU does.
-func startFloor(ctx context.Context, b *bed, name string, definition []byte) (subject, error) {
-	u, err := startUnmanaged(ctx, b, name, definition)
-	if err != nil {
-		return nil, err
-	}
-	u.travel = travelStopped
-	return u, nil
-}
-
+// travelStopped shows what QEMU itself needs at the least: the guest is stopped,
+// its memory is copied outside of the measurement, its device state alone is
+// saved and loaded, and it goes on. The downtime is the sum of what QEMU does.
 func travelStopped(ctx context.Context, u *unmanaged, destination *qemu.Observer) (Own, error) {
 	own := Own{timed: true}
 	step := func(name string, f func() error) error {
@@ -38,8 +28,7 @@ func travelStopped(ctx context.Context, u *unmanaged, destination *qemu.Observer
 		own.Downtime += took
 		return nil
 	}
-	s := settings{capabilities: []string{"x-ignore-shared"}}
-	if err := errors.Join(s.apply(ctx, u.source), s.apply(ctx, destination)); err != nil {
+	if err := errors.Join(prepare(ctx, u.source, true, nil), prepare(ctx, destination, true, nil)); err != nil {
 		return Own{}, err
 	}
 	if err := step("stop", func() error { return u.source.Run(ctx, "stop", nil, nil) }); err != nil {

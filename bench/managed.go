@@ -101,7 +101,7 @@ func (m *managed) command(ctx context.Context, command string, state qemu.State)
 	}
 }
 
-func (m *managed) move(ctx context.Context) (Own, error) {
+func (m *managed) move(ctx context.Context, _ travel) (Own, error) {
 	agent := m.agents[m.at]
 	started, err := agent.Migrations.Start(ctx, &lmctlv1.StartMigrationRequest{Guest: m.name, Destination: m.b.hosts[otherHost(m.at)]})
 	if err != nil {

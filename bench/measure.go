@@ -23,6 +23,8 @@ type Sample struct {
 	Destination string    `json:"destination"`
 	// Downtime is the longest time in which the guest's clock did not go on.
 	Downtime time.Duration `json:"downtime_ns"`
+	// Since is when that time began, from the command on.
+	Since time.Duration `json:"since_ns"`
 	// Quiet is the longest such time just before, without a migration.
 	Quiet time.Duration `json:"quiet_ns"`
 	// Late is by how much the machine may have lengthened the downtime: the
@@ -49,7 +51,7 @@ const (
 )
 
 // measure moves a guest and watches it from outside.
-func (b *bed) measure(ctx context.Context, s subject, counter int64) (sample Sample, err error) {
+func (b *bed) measure(ctx context.Context, s subject, how travel, counter int64) (sample Sample, err error) {
 	from, to := s.place(), s.next()
 	sample = Sample{Started: time.Now(), Source: from.host, Destination: to.host}
 	probe := flat.NewProbe(flat.DefaultInterval)
@@ -79,7 +81,7 @@ func (b *bed) measure(ctx context.Context, s subject, counter int64) (sample Sam
 		return sample, errors.Join(err, stopWatching(cancel, watching))
 	}
 	began := time.Now()
-	sample.Own, err = s.move(ctx)
+	sample.Own, err = s.move(ctx, how)
 	if err == nil {
 		err = sys.WaitPidfd(ctx, pidfd)
 	}
@@ -95,10 +97,14 @@ func (b *bed) measure(ctx context.Context, s subject, counter int64) (sample Sam
 		return sample, err
 	}
 	sample.Bytes = int64(now - sent)
+	if err := awaitTick(ctx, to.memory, counter); err != nil {
+		return sample, &moveError{err}
+	}
 	if err := sleep(ctx, settleTime); err != nil {
 		return sample, err
 	}
-	sample.Downtime, sample.Late = probe.Longest().Length, probe.Lateness()
+	gap := probe.Longest()
+	sample.Downtime, sample.Since, sample.Late = gap.Length, gap.Start.Sub(began), probe.Lateness()
 	if sample.Own.timed {
 		sample.Downtime = sample.Own.Downtime
 	}
@@ -121,18 +127,11 @@ func stopWatching(cancel context.CancelFunc, watching <-chan error) error {
 	return nil
 }
 
-// watchQuiet returns the longest gap of a guest that is left alone.
+// watchQuiet returns the longest gap of a guest that is left alone. From its
+// return on the probe knows of every gap.
 func watchQuiet(ctx context.Context, probe *flat.Probe) (time.Duration, error) {
-	ctx, cancel := context.WithTimeout(ctx, patience)
-	defer cancel()
-	tick := time.NewTicker(5 * time.Millisecond)
-	defer tick.Stop()
-	for !probe.Moving() {
-		select {
-		case <-tick.C:
-		case <-ctx.Done():
-			return 0, fmt.Errorf("bench: the guest's clock stands still: %w", ctx.Err())
-		}
+	if err := awaitMoving(ctx, probe); err != nil {
+		return 0, err
 	}
 	probe.Reset()
 	if err := sleep(ctx, quietTime); err != nil {
@@ -140,7 +139,49 @@ func watchQuiet(ctx context.Context, probe *flat.Probe) (time.Duration, error) {
 	}
 	quiet := probe.Longest().Length
 	probe.Reset()
-	return quiet, nil
+	return quiet, awaitMoving(ctx, probe)
+}
+
+// tickPoll is how often a memory file is looked at for a sign of life, of which
+// nobody tells.
+const tickPoll = time.Millisecond
+
+func awaitMoving(ctx context.Context, probe *flat.Probe) error {
+	return poll(ctx, func() (bool, error) { return probe.Moving(), nil })
+}
+
+// awaitTick waits until the guest that has this memory goes on.
+func awaitTick(ctx context.Context, memory string, counter int64) (err error) {
+	f, err := os.Open(memory)
+	if err != nil {
+		return fmt.Errorf("bench: %w", err)
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	var first, now [4]byte
+	if _, err := f.ReadAt(first[:], counter); err != nil {
+		return fmt.Errorf("bench: %w", err)
+	}
+	return poll(ctx, func() (bool, error) {
+		_, err := f.ReadAt(now[:], counter)
+		return now != first, err
+	})
+}
+
+func poll(ctx context.Context, done func() (bool, error)) error {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	tick := time.NewTicker(tickPoll)
+	defer tick.Stop()
+	for {
+		if ok, err := done(); ok || err != nil {
+			return err
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return fmt.Errorf("bench: the guest's clock stands still: %w", ctx.Err())
+		}
+	}
 }
 
 // sleep lets measured time pass.

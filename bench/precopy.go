@@ -12,57 +12,47 @@ import (
 	"github.com/lmctl/lmctl/internal/lab"
 )
 
-// settings are QEMU's for a migration; those not named keep QEMU's defaults.
-type settings struct {
-	capabilities []string
-	parameters   map[string]int64
-}
+// parameters are QEMU's for a migration; those not named keep QEMU's defaults.
+type parameters map[string]int64
 
-// apply gives QEMU the settings, and has it tell of the migration's progress.
-func (s settings) apply(ctx context.Context, o *qemu.Observer) error {
+// prepare sets what a migration needs on one side of it. With shared, RAM in
+// shared files stays out of QEMU's stream.
+func prepare(ctx context.Context, o *qemu.Observer, shared bool, p parameters) error {
 	type capability struct {
 		Capability string `json:"capability"`
 		State      bool   `json:"state"`
 	}
-	list := []capability{{"events", true}}
-	for _, name := range s.capabilities {
-		list = append(list, capability{name, true})
-	}
+	// What the destination of a migration was set to, it still is as the source
+	// of the next.
+	list := []capability{{"events", true}, {"x-ignore-shared", shared}}
 	if err := o.Run(ctx, "migrate-set-capabilities", map[string]any{"capabilities": list}, nil); err != nil {
 		return err
 	}
-	if len(s.parameters) == 0 {
+	if len(p) == 0 {
 		return nil
 	}
-	return o.Run(ctx, "migrate-set-parameters", s.parameters, nil)
+	return o.Run(ctx, "migrate-set-parameters", p, nil)
 }
 
 // migrationPort is where a destination listens, in its host's namespace.
 const migrationPort = 49152
 
-// ownPrecopy is QEMU's own pre-copy, as libvirt drives it: over TCP from host to
-// host, the destination started with -S and told to go on when it has all.
-func ownPrecopy(s settings) func(context.Context, *bed, string, []byte) (subject, error) {
-	return func(ctx context.Context, b *bed, name string, definition []byte) (subject, error) {
-		u, err := startUnmanaged(ctx, b, name, definition)
+// precopy is QEMU's own, as libvirt drives it: over TCP from host to host, the
+// destination started with -S and told to go on when it has all.
+func precopy(p parameters) travel {
+	return func(ctx context.Context, u *unmanaged, destination *qemu.Observer) (Own, error) {
+		if err := errors.Join(prepare(ctx, u.source, false, p), prepare(ctx, destination, false, nil)); err != nil {
+			return Own{}, err
+		}
+		sent, err := u.migrate(ctx, destination)
 		if err != nil {
-			return nil, err
+			return Own{}, err
 		}
-		u.travel = func(ctx context.Context, u *unmanaged, destination *qemu.Observer) (Own, error) {
-			if err := errors.Join(s.apply(ctx, u.source), settings{}.apply(ctx, destination)); err != nil {
-				return Own{}, err
-			}
-			sent, err := u.migrate(ctx, destination)
-			if err != nil {
-				return Own{}, err
-			}
-			err = destination.Run(ctx, "cont", nil, nil)
-			if err = errors.Join(err, sent()); err != nil {
-				return Own{}, err
-			}
-			return precopyAccount(ctx, u.source)
+		err = destination.Run(ctx, "cont", nil, nil)
+		if err = errors.Join(err, sent()); err != nil {
+			return Own{}, err
 		}
-		return u, nil
+		return precopyAccount(ctx, u.source)
 	}
 }
 

@@ -124,10 +124,10 @@ func (l linuxProgram) boot(ctx context.Context, p place, memory int64) (int64, e
 	defer c.close()
 	st, err := c.ready(ctx)
 	if err != nil {
-		return 0, fmt.Errorf("Linux guest: it does not boot: %w", err)
+		return 0, fmt.Errorf("the Linux guest does not boot: %w", err)
 	}
 	if st.Clock.TickGPA == 0 {
-		return 0, errors.New("Linux guest: it does not know where its tick is")
+		return 0, errors.New("the Linux guest does not know where its tick is")
 	}
 	return fileOffset(memory, st.Clock.TickGPA), nil
 }
@@ -143,7 +143,7 @@ func (l linuxProgram) check(ctx context.Context, p place) error {
 		return err
 	}
 	if !st.OK {
-		return fmt.Errorf("Linux guest: %v", st.Problems)
+		return fmt.Errorf("the Linux guest has found: %v", st.Problems)
 	}
 	return nil
 }

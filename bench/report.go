@@ -25,21 +25,18 @@ type Report struct {
 
 // Result is one contender on one workload.
 type Result struct {
-	Workload       string `json:"workload"`
-	WorkloadTitle  string `json:"workload_title"`
-	Memory         int64  `json:"memory_bytes"`
-	Accelerator    string `json:"accelerator"`
-	Contender      string `json:"contender"`
-	ContenderTitle string `json:"contender_title"`
-	// Guests is how many guests it took: one more for each that was not healthy
-	// after a migration.
-	Guests   int                          `json:"guests"`
-	Failed   int                          `json:"failed"`  // migrations that did not come to their end
-	Healthy  int                          `json:"healthy"` // guests that were so afterwards
-	Downtime stats.Summary[time.Duration] `json:"downtime_ns"`
-	Total    stats.Summary[time.Duration] `json:"total_ns"`
-	Bytes    stats.Summary[int64]         `json:"bytes"`
-	Samples  []Sample                     `json:"samples"`
+	Workload       string                       `json:"workload"`
+	WorkloadTitle  string                       `json:"workload_title"`
+	Memory         int64                        `json:"memory_bytes"`
+	Accelerator    string                       `json:"accelerator"`
+	Contender      string                       `json:"contender"`
+	ContenderTitle string                       `json:"contender_title"`
+	Failed         int                          `json:"failed"`  // migrations that did not come to their end
+	Healthy        int                          `json:"healthy"` // guests that were so afterwards
+	Downtime       stats.Summary[time.Duration] `json:"downtime_ns"`
+	Total          stats.Summary[time.Duration] `json:"total_ns"`
+	Bytes          stats.Summary[int64]         `json:"bytes"`
+	Samples        []Sample                     `json:"samples"`
 }
 
 // Comparison sets two medians of downtimes against each other.
@@ -86,6 +83,9 @@ func (r *Report) compare(workloads []Workload) {
 	}
 	r.Comparisons = []Comparison{}
 	for _, w := range workloads {
+		if !w.Idle {
+			continue
+		}
 		ours, ok := find(w.Name, "lmctl")
 		floor, both := find(w.Name, "floor")
 		if ok && both {

@@ -26,8 +26,10 @@ type Options struct {
 	Log io.Writer
 }
 
-// bootLimit is how long a guest may take to boot.
-const bootLimit = 2 * time.Minute
+const (
+	bootLimit  = 2 * time.Minute  // for a guest to boot
+	checkLimit = 20 * time.Second // for a guest's verdict on itself
+)
 
 // Run moves a guest of each workload Runs times with each contender, the
 // contenders in turn, in a lab with agents on at least two hosts. What it leaves
@@ -56,87 +58,83 @@ func Run(ctx context.Context, l *lab.Lab, o Options) (_ *Report, err error) {
 	return r, nil
 }
 
-// entrant is a contender with its guest.
-type entrant struct {
-	Contender
-	subject subject // nil until it is needed
-	counter int64
-	result  Result
+// held is a keeper's guest of one workload.
+type held struct {
+	*keeper
+	subject     subject // nil until it is needed
+	counter     int64   // where its clock is
+	accelerator string
 }
 
 // workload runs all contenders on one workload.
 func (b *bed) workload(ctx context.Context, o Options, w Workload) (results []Result, err error) {
-	var entrants []*entrant
+	guests := make(map[*keeper]*held)
 	defer func() {
-		for _, e := range entrants {
-			if e.subject != nil {
-				err = errors.Join(err, e.subject.close(context.WithoutCancel(ctx)))
-			}
+		for _, h := range guests {
+			err = errors.Join(err, h.close(context.WithoutCancel(ctx)))
 		}
 	}()
 	for _, c := range o.Contenders {
-		if c.IdleOnly && !w.Idle {
-			continue
-		}
-		entrants = append(entrants, &entrant{Contender: c, result: Result{
+		guests[c.keeper] = &held{keeper: c.keeper}
+		results = append(results, Result{
 			Workload: w.Name, WorkloadTitle: w.Title, Memory: w.Memory, Contender: c.Name, ContenderTitle: c.Title,
-		}})
+		})
 	}
 	for run := 1; run <= o.Runs; run++ {
-		for _, e := range entrants {
-			if err := b.turn(ctx, w, e, run); err != nil {
-				return nil, fmt.Errorf("%s: %w", e.Name, err)
+		for i, c := range o.Contenders {
+			h := guests[c.keeper]
+			sample, err := b.turn(ctx, w, c, h)
+			if err != nil {
+				return nil, fmt.Errorf("%s: %w", c.Name, err)
 			}
-			fmt.Fprintf(o.Log, "%-12s  %-16s %2d/%d  %s\n", w.Name, e.Name, run, o.Runs, e.result.Samples[run-1].line())
+			sample.Run = run
+			results[i].Accelerator = h.accelerator
+			results[i].Samples = append(results[i].Samples, sample)
+			fmt.Fprintf(o.Log, "%-12s  %-15s %2d/%d  %s\n", w.Name, c.Name, run, o.Runs, sample.line())
 		}
 	}
-	for _, e := range entrants {
-		e.result.sum()
-		results = append(results, e.result)
+	for i := range results {
+		results[i].sum()
 	}
 	return results, nil
 }
 
 // turn is one contender's one migration.
-func (b *bed) turn(ctx context.Context, w Workload, e *entrant, run int) error {
-	if e.subject == nil {
-		if err := b.start(ctx, w, e); err != nil {
-			return err
+func (b *bed) turn(ctx context.Context, w Workload, c Contender, h *held) (Sample, error) {
+	if h.subject == nil {
+		if err := b.start(ctx, w, h); err != nil {
+			return Sample{}, err
 		}
-	} else if err := e.subject.resume(ctx); err != nil {
-		return err
+	} else if err := h.subject.resume(ctx); err != nil {
+		return Sample{}, err
 	}
-	sample, err := b.measure(ctx, e.subject, e.counter)
-	sample.Run = run
+	sample, err := b.measure(ctx, h.subject, c.travel, h.counter)
 	var failed *moveError
 	switch {
-	case errors.As(err, &failed) && ctx.Err() == nil:
+	case ctx.Err() != nil:
+		return Sample{}, ctx.Err()
+	case errors.As(err, &failed):
 		sample.Error = oneLine(err)
 	case err != nil:
-		return err
+		return Sample{}, err
 	default:
-		if err := w.program.check(ctx, e.subject.place()); err != nil {
+		check, cancel := context.WithTimeout(ctx, checkLimit)
+		defer cancel()
+		err := w.program.check(check, h.subject.place())
+		if sample.Healthy = err == nil; !sample.Healthy {
 			sample.Problem = oneLine(err)
-		} else {
-			sample.Healthy = true
 		}
 	}
-	if ctx.Err() != nil {
-		return ctx.Err()
-	}
-	e.result.Samples = append(e.result.Samples, sample)
 	if sample.Healthy {
-		return e.subject.pause(ctx)
+		return sample, h.subject.pause(ctx)
 	}
 	// What its memory is like now is nobody's guest.
-	s := e.subject
-	e.subject = nil
-	return s.close(ctx)
+	return sample, h.close(ctx)
 }
 
-// start boots a guest for a contender.
-func (b *bed) start(ctx context.Context, w Workload, e *entrant) error {
-	name := w.Name + "-" + e.Name
+// start boots a guest.
+func (b *bed) start(ctx context.Context, w Workload, h *held) error {
+	name := w.Name + "-" + h.name
 	def, err := w.program.define(b, name, w.Memory)
 	if err != nil {
 		return err
@@ -146,15 +144,25 @@ func (b *bed) start(ctx context.Context, w Workload, e *entrant) error {
 	if err != nil {
 		return err
 	}
-	if e.subject, err = e.Contender.start(ctx, b, name, text); err != nil {
-		e.subject = nil
+	s, err := h.start(ctx, b, name, text)
+	if err != nil {
 		return err
 	}
-	e.result.Guests++
+	h.subject = s
 	boot, cancel := context.WithTimeout(ctx, bootLimit)
 	defer cancel()
-	p := e.subject.place()
-	e.result.Accelerator = p.accelerator
-	e.counter, err = w.program.boot(boot, p, w.Memory)
+	p := s.place()
+	h.accelerator = p.accelerator
+	h.counter, err = w.program.boot(boot, p, w.Memory)
 	return err
+}
+
+// close removes the guest, if there is one.
+func (h *held) close(ctx context.Context) error {
+	s := h.subject
+	if s == nil {
+		return nil
+	}
+	h.subject = nil
+	return s.close(ctx)
 }

@@ -15,10 +15,9 @@ type unmanaged struct {
 	name   string
 	at     int // index of the host
 	source *qemu.Observer
-	travel func(ctx context.Context, u *unmanaged, destination *qemu.Observer) (Own, error)
 }
 
-func startUnmanaged(ctx context.Context, b *bed, name string, definition []byte) (*unmanaged, error) {
+func startUnmanaged(ctx context.Context, b *bed, name string, definition []byte) (subject, error) {
 	u := &unmanaged{b: b, name: name}
 	for _, host := range b.hosts {
 		if _, err := b.drivers[host].Define(definition); err != nil {
@@ -73,7 +72,7 @@ func (u *unmanaged) resume(ctx context.Context) error {
 }
 
 // move starts the destination, lets the guest travel there, and ends the source.
-func (u *unmanaged) move(ctx context.Context) (Own, error) {
+func (u *unmanaged) move(ctx context.Context, how travel) (Own, error) {
 	to := otherHost(u.at)
 	if err := u.on(to, func(d *qemu.Driver) error { return d.StartIncoming(ctx, u.name) }); err != nil {
 		return Own{}, err
@@ -82,7 +81,7 @@ func (u *unmanaged) move(ctx context.Context) (Own, error) {
 	if err != nil {
 		return Own{}, errors.Join(err, u.end(ctx, to, nil))
 	}
-	own, err := u.travel(ctx, u, destination)
+	own, err := how(ctx, u, destination)
 	if err != nil {
 		return Own{}, errors.Join(err, destination.Close())
 	}

@@ -10,7 +10,8 @@ type Workload struct {
 	Name   string
 	Title  string
 	Memory int64 // bytes
-	// Idle says that the guest writes next to nothing.
+	// Idle says that the guest writes next to nothing: a move of it is to be
+	// compared with what QEMU itself needs.
 	Idle bool
 	// Family groups workloads that differ in their memory only.
 	Family string
@@ -19,6 +20,9 @@ type Workload struct {
 }
 
 const mib = 1 << 20
+
+// Smallest is the workload that takes the least time.
+const Smallest = "small-writer"
 
 // writerPages is what the unbounded writer dirties again and again: 99 MiB.
 const writerPages = 25344
@@ -32,7 +36,7 @@ func Workloads() []Workload {
 			program: flatProgram{flat.Config{Memory: 128 * mib, Pages: writerPages, Rate: flat.Unbounded}},
 		},
 		{
-			Name: "small-writer", Title: "flat guest, 8 MiB rewritten at 10 MiB/s", Memory: 32 * mib,
+			Name: Smallest, Title: "flat guest, 8 MiB rewritten at 10 MiB/s", Memory: 32 * mib,
 			program: flatProgram{flat.Config{Memory: 32 * mib, Pages: 2048, Rate: 2560}},
 		},
 		idleFlat("idle-256M", 256*mib),

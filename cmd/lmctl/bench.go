@@ -112,19 +112,18 @@ func (o *options) benchList() error {
 func (f *benchFlags) plan() (bench.Options, error) {
 	p := bench.Options{Runs: f.runs, Version: buildVersion(), Link: bench.Links()[0]}
 	if f.smallest {
-		f.runs, p.Runs = 1, 1
-		f.workloads, f.contenders = []string{"small-writer", "idle-256M"}, nil
-		p.Contenders = bench.Contenders()
+		p.Runs, f.workloads, f.contenders = 1, []string{bench.Smallest}, nil
+		for _, c := range bench.Contenders() {
+			f.contenders = append(f.contenders, c.Name)
+		}
 	}
-	if f.runs < 1 {
+	if p.Runs < 1 {
 		return p, usagef("--runs %d: one is the least", f.runs)
 	}
 	var unknown string
-	if !f.smallest {
-		p.Contenders, unknown = bench.Named(bench.Contenders(), func(c bench.Contender) string { return c.Name }, f.contenders)
-		if unknown != "" {
-			return p, usagef("no contender %q; see lmctl bench list", unknown)
-		}
+	p.Contenders, unknown = bench.Named(bench.Contenders(), func(c bench.Contender) string { return c.Name }, f.contenders)
+	if unknown != "" {
+		return p, usagef("no contender %q; see lmctl bench list", unknown)
 	}
 	p.Workloads, unknown = bench.Named(bench.Workloads(), func(w bench.Workload) string { return w.Name }, f.workloads)
 	if unknown != "" {
