@@ -3,6 +3,7 @@ package e2e
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -235,12 +236,21 @@ func (c *cluster) fill(host string) {
 		c.t.Fatal(err)
 	}
 	defer f.Close()
-	var fs unix.Statfs_t
-	if err := unix.Fstatfs(int(f.Fd()), &fs); err != nil {
-		c.t.Fatal(err)
-	}
-	if err := unix.Fallocate(int(f.Fd()), 0, 0, int64(fs.Bavail)*fs.Bsize); err != nil {
-		c.t.Fatal(err)
+	for size := int64(0); ; { // others may take some of it at the same time
+		var fs unix.Statfs_t
+		if err := unix.Fstatfs(int(f.Fd()), &fs); err != nil {
+			c.t.Fatal(err)
+		}
+		free := int64(fs.Bavail) * fs.Bsize
+		if free == 0 {
+			return
+		}
+		switch err := unix.Fallocate(int(f.Fd()), 0, size, free); {
+		case err == nil:
+			size += free
+		case !errors.Is(err, unix.ENOSPC):
+			c.t.Fatal(err)
+		}
 	}
 }
 

@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"context"
 	"crypto/rand"
 	"errors"
 	"fmt"
@@ -121,13 +122,14 @@ func (m *matrixCase) ready(g *flatGuest) *flatGuest {
 // run does the fault and reports whether the guest runs on, having failed the
 // test if it should and does not.
 func (m *matrixCase) run(f fault) (lives bool) {
-	defer func() {
-		if !lives {
-			m.destroy(m.guest)
-		}
-	}()
 	w := m.watchRunning(m.guest)
 	point := filepath.Join(m.failpoints, m.role+"."+string(m.state))
+	defer func() {
+		_ = os.Remove(point) // left by a case that failed
+		if !lives {
+			m.destroyWhenFree()
+		}
+	}()
 	m.write(point)
 	m.id = m.start(m.guest.name, "host1", "host2", &lmctlv1.MigrationOptions{})
 	m.eventually("the migration reaches "+string(m.state), func() error {
@@ -147,6 +149,24 @@ func (m *matrixCase) run(f fault) (lives bool) {
 	}
 	m.nothingLeft(m.guest, host)
 	return host != "" && !m.t.Failed()
+}
+
+// destroyWhenFree ends a guest whose migration may still be under way.
+func (m *matrixCase) destroyWhenFree() {
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	// It may have ended long ago, or with its agent.
+	_, _ = m.clients["host1"].Migrations.Cancel(ctx, &lmctlv1.MigrationRequest{Id: m.id})
+	for _, h := range m.lab.Hosts() {
+		for ctx.Err() == nil {
+			g, err := m.cluster.guest(h, m.guest.name)
+			if err == nil && (g == nil || g.Migration == "" && g.Busy == "") {
+				break
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+	}
+	m.destroy(m.guest)
 }
 
 // settled waits until both agents agree on where the guest is, and returns the
