@@ -201,8 +201,6 @@ func (m told) statement(host string) *Statement {
 	return &s
 }
 
-const maxFaults = 3
-
 // next lists every world that can follow.
 func next(t *testing.T, w world) []world {
 	var all []world
