@@ -84,9 +84,14 @@ func (v *vm) watch(inst *instance, sub *subscription) {
 	}
 }
 
-// drainEvents takes what QEMU said before it ended.
+// drainEvents takes what QEMU said before it ended: of an ended process, also
+// what is still on its way.
 func (v *vm) drainEvents(inst *instance, sub *subscription) {
 	defer sub.close()
+	select {
+	case <-sub.m.done:
+	case <-v.d.ctx.Done():
+	}
 	for {
 		e, ok := sub.take()
 		if !ok {

@@ -68,8 +68,27 @@ func settle(ctx context.Context, mon *monitor) (migrationStatus, error) {
 		recheck, cancel := context.WithTimeout(ctx, recheckEvery)
 		_, err = sub.next(recheck)
 		cancel()
-		if err != nil && (ctx.Err() != nil || errors.Is(err, errMonitorClosed)) {
-			return status, err
+		switch {
+		case err == nil:
+		case ctx.Err() != nil || errors.Is(err, errMonitorClosed):
+			return status, fmt.Errorf("QEMU's migration stays %s: %w", status.Status, err)
+		case status.Status == "cancelling":
+			if err := unblock(ctx, mon); err != nil {
+				return status, err
+			}
 		}
 	}
+}
+
+// unblock wakes a migration thread that sleeps through its cancellation. QEMU
+// 7.2 looks whether it was cancelled, lets go of its lock, and then waits to be
+// told to continue: a cancellation in between wakes nobody, and the guest would
+// stand still for ever. migrate-continue wakes the thread in any state that it
+// is told rightly, and one time too many does no harm.
+func unblock(ctx context.Context, mon *monitor) error {
+	err := mon.run(ctx, "migrate-continue", object{"state": "cancelling"}, nil)
+	if errors.As(err, new(*commandError)) {
+		return nil // it is no longer cancelling
+	}
+	return err
 }

@@ -29,8 +29,11 @@ func (g *Guest) Suspend(ctx context.Context, w io.Writer) (time.Time, error) {
 }
 
 func (g *Guest) suspend(ctx context.Context, w io.Writer) (time.Time, error) {
-	if g.stream != nil {
-		return time.Time{}, errors.New("it is suspended already")
+	g.v.mu.Lock()
+	suspended := g.inst.suspended
+	g.v.mu.Unlock()
+	if suspended {
+		return time.Time{}, errors.New("it is suspended already; resume it first")
 	}
 	mon := g.v.monitor(g.inst)
 	before, err := currentSettings(ctx, mon, sourceSettings)
@@ -111,10 +114,22 @@ func (g *Guest) awaitStop(ctx context.Context, mon *monitor, sub *subscription) 
 				}
 				return stopped, nil
 			case "failed", "cancelled", "completed":
-				return time.Time{}, failure(ctx, mon, status)
+				return time.Time{}, g.streamFailure(ctx, failure(ctx, mon, status))
 			}
 		}
 	}
+}
+
+// streamFailure adds why the stream broke, if that is why QEMU failed.
+func (g *Guest) streamFailure(ctx context.Context, cause error) error {
+	select {
+	case <-g.stream.done: // QEMU has closed its end, if we have not ours
+		if g.stream.err != nil {
+			return fmt.Errorf("%w; the state stream: %w", cause, g.stream.err)
+		}
+	case <-ctx.Done():
+	}
+	return cause
 }
 
 // SaveState has QEMU write the rest of the device state and returns when all
@@ -137,7 +152,7 @@ func (g *Guest) saveState(ctx context.Context) error {
 		return err
 	}
 	if err := awaitCompleted(ctx, mon, sub); err != nil {
-		return err
+		return g.streamFailure(ctx, err)
 	}
 	select {
 	case <-g.stream.done:
