@@ -205,14 +205,16 @@ func (r *Receiver) giveBack(ctx context.Context, in Incoming, cause error, tell 
 	return cause
 }
 
-// Withdraw destroys a shell that is certain never to run, and notes durably
-// that it never did, so that the source may take the guest back.
+// Withdraw notes durably that a shell never ran and never will, so that the
+// source may take the guest back, and destroys it. The note comes first: a
+// shell that an agent which died in between has left says that it may go, while
+// a missing one would say nothing about whether it ran.
 func (r *Receiver) Withdraw(ctx context.Context, in Incoming) error {
-	if err := in.Shell.Destroy(ctx); err != nil {
-		return fmt.Errorf("destroy the shell of guest %q: %w", in.Handover.Guest, err)
-	}
 	if err := r.Ledger.Withdraw(ctx, in.Handover); err != nil {
 		return fmt.Errorf("withdraw from guest %q: %w", in.Handover.Guest, err)
+	}
+	if err := in.Shell.Destroy(ctx); err != nil {
+		return fmt.Errorf("destroy the shell of guest %q: %w", in.Handover.Guest, err)
 	}
 	r.enter(in.Handover, DestWithdrawn)
 	return nil

@@ -108,7 +108,7 @@ func (c *cluster) startFlat(name, host string, config flat.Config, extra string)
 	if err != nil {
 		c.t.Fatal(err)
 	}
-	disk := filepath.Join(c.lab.Storage(), name+".img")
+	disk := filepath.Join(c.lab.Storage(), name+"-"+host+".img")
 	if err := os.WriteFile(disk, image, 0o600); err != nil {
 		c.t.Fatal(err)
 	}

@@ -32,7 +32,7 @@ func (c *cluster) tidy(g *flatGuest, host string, has bool) error {
 	if len(pids) != want {
 		return fmt.Errorf("processes %v, want %d", pids, want)
 	}
-	memory, err := filepath.Glob(filepath.Join(c.lab.MemoryDir(host), "*"))
+	memory, err := filepath.Glob(filepath.Join(c.lab.MemoryDir(host), "*.ram"))
 	if err != nil || len(memory) != want {
 		return fmt.Errorf("memory files %q, want %d (%v)", memory, want, err)
 	}

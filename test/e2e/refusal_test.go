@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -15,6 +16,7 @@ import (
 	"github.com/lmctl/lmctl/guest/flat"
 	"github.com/lmctl/lmctl/internal/api/lmctlv1"
 	"github.com/lmctl/lmctl/internal/pki"
+	"github.com/lmctl/lmctl/internal/testenv"
 	"github.com/lmctl/lmctl/migrate"
 )
 
@@ -77,14 +79,38 @@ func TestDestinationLacks(t *testing.T) {
 	})
 }
 
-// TestDevicesThatCannotMove starts guests with devices that write memory unseen
-// by the tracker.
+// TestDevicesThatCannotMove starts a guest with a disk that another program
+// serves: it writes guest memory unseen by the tracker.
 func TestDevicesThatCannotMove(t *testing.T) {
 	c := newCluster(t)
-	// A vhost-user card is there without a program behind it: QEMU is its server.
-	socket := filepath.Join(t.TempDir(), "vhost.sock")
-	g := c.startFlat("user", "host1", quiet, "extra-arguments: [-chardev, 'socket,id=vu,path="+socket+",server=on,wait=off', -object, 'memory-backend-memfd,id=other,size=1M,share=on', -device, 'vhost-user-vsock-pci,chardev=vu']\n")
+	socket := filepath.Join(t.TempDir(), "disk.sock")
+	c.serveDisk(socket)
+	g := c.startFlat("user", "host1", quiet,
+		"extra-arguments: [-chardev, 'socket,id=vu,path="+socket+"', -device, 'vhost-user-blk-pci,chardev=vu']\n")
 	c.refused(g, "host2", "vhost-user")
+}
+
+// serveDisk runs QEMU's storage daemon with a vhost-user disk.
+func (c *cluster) serveDisk(socket string) {
+	c.t.Helper()
+	image := filepath.Join(c.t.TempDir(), "disk.img")
+	if err := os.WriteFile(image, make([]byte, 1<<20), 0o600); err != nil {
+		c.t.Fatal(err)
+	}
+	daemon := exec.Command(testenv.NeedTool(c.t, "qemu-storage-daemon"),
+		"--blockdev", "driver=file,node-name=disk,filename="+image,
+		"--export", "type=vhost-user-blk,id=export,node-name=disk,addr.type=unix,addr.path="+socket)
+	daemon.Stderr = os.Stderr
+	if err := daemon.Start(); err != nil {
+		c.t.Fatal(err)
+	}
+	c.t.Cleanup(func() {
+		if err := daemon.Process.Kill(); err != nil {
+			c.t.Error(err)
+		}
+		_ = daemon.Wait() // it was killed
+	})
+	c.eventually("the storage daemon listens", func() error { _, err := os.Stat(socket); return err })
 }
 
 // bridgeOn makes a bridge in a host's namespace.
