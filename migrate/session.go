@@ -247,12 +247,22 @@ func (s *session) guestStopped(pass uint32) error {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if pass == 0 || pass < s.last {
+	// The streams may be ahead of this connection, by the pass that verifies.
+	if pass == 0 || s.due(pass) < s.last {
 		return violation("last pass %d after pass %d", pass, s.last)
 	}
 	s.final = pass
 	s.enter(DestFinal)
 	return s.advance()
+}
+
+// due is the pass after which nothing more comes on the streams, if final is
+// the last that copies.
+func (s *session) due(final uint32) uint32 {
+	if s.offer.Verify {
+		return final + 1
+	}
+	return final
 }
 
 // passDone is told by the intake that a pass is in place.
@@ -271,11 +281,7 @@ func (s *session) advance() error {
 	if s.final == 0 || s.complete {
 		return nil
 	}
-	due := s.final
-	if s.offer.Verify {
-		due++
-	}
-	if s.last < due {
+	if s.last < s.due(s.final) {
 		return nil
 	}
 	if s.offer.Verify {

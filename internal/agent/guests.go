@@ -217,9 +217,13 @@ func (s *guestService) toWire(info qemu.Info) *lmctlv1.Guest {
 	if r := s.a.ledger.Get(info.Name); r.State != ledger.None {
 		g.Ownership = &lmctlv1.Ownership{State: string(r.State), Epoch: r.Epoch, Handover: handoverToWire(r.Handover)}
 	}
+	incoming := s.a.inbound.busy(info.Name)
+	if incoming && g.Busy == "" {
+		g.Busy = "incoming migration" // it runs here already; the rest of the migration is under way
+	}
 	if mv := s.a.moves.of(info.Name); mv != nil {
 		g.Migration = mv.id
-	} else if reason, open := s.a.settler.doubt(info.Name); open && !s.a.inbound.busy(info.Name) {
+	} else if reason, open := s.a.settler.doubt(info.Name); open && !incoming {
 		g.State, g.Advice = stateInDoubt, reason
 	}
 	return g

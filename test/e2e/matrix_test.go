@@ -183,6 +183,8 @@ func (m *matrixCase) settled() (host string) {
 			case g == nil:
 			case g.Busy != "" || g.Migration != "":
 				return fmt.Errorf("%s is busy on %s: %s %s", g.Name, h, g.Busy, g.Migration)
+			case g.State == "running" && (h == "host1" && m.killedSource || h == "host2" && m.killedShell):
+				return fmt.Errorf("%s has not noticed yet that its copy was killed", h)
 			case g.State == "running":
 				running = append(running, h)
 			case g.State == "stopped" && g.End != nil && g.End.Cause != "":
