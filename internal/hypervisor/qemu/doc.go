@@ -19,6 +19,8 @@
 //	<state>/guests/NAME/qemu.log         QEMU's own words
 //	<state>/guests/NAME/console.log      its serial console
 //	<run>/guests/NAME/process.json       PID, start time and boot
+//	<run>/guests/NAME/suspension.json    settings to be put back after a migration
+//	<run>/guests/NAME/resumed            a shell was told to run
 //	<run>/guests/NAME/qmp.sock           QMP for the agent
 //	<run>/guests/NAME/observer.sock      QMP for people and tests
 //	<run>/guests/NAME/console.sock       its serial console

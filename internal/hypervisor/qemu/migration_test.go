@@ -2,11 +2,13 @@ package qemu
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"io"
 	"os"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
@@ -249,6 +251,28 @@ func TestAbort(t *testing.T) {
 			})
 		}
 	})
+}
+
+// A migration may be cancelled at any moment, also in the one between QEMU's
+// looking for that and its going to sleep.
+func TestCancelAnywhere(t *testing.T) {
+	h := newHost(t)
+	guest := newFlatGuest(t, AcceleratorTCG, "")
+	h.startFlat(t, guest)
+	plain := readSettings(t, h, guest.name)
+	for after := time.Duration(0); after < 20*time.Millisecond; after += 250 * time.Microsecond {
+		g := h.source(t, guest.name)
+		ctx, cancel := context.WithTimeout(testContext(t), after)
+		_, err := g.Suspend(ctx, io.Discard)
+		cancel()
+		if err != nil && !errors.Is(err, context.DeadlineExceeded) {
+			t.Fatalf("cancelled after %v: %v", after, err)
+		}
+		if err := errors.Join(g.Resume(testContext(t)), g.Close()); err != nil {
+			t.Fatalf("cancelled after %v: %v", after, err)
+		}
+	}
+	unharmed(t, h, guest, plain)
 }
 
 // unharmed checks that a guest runs on as if nothing had been.

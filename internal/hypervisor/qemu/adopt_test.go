@@ -1,0 +1,184 @@
+package qemu
+
+import (
+	"context"
+	"errors"
+	"os"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Guests outlive their agent, and the next one finds them.
+func TestAdoptRunning(t *testing.T) {
+	accelerators(t, func(t *testing.T, a Accelerator) {
+		h := newHost(t)
+		g := newFlatGuest(t, a, "")
+		h.startFlat(t, g)
+		before, err := h.Get(g.name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		h.restart(t)
+		after, err := h.Get(g.name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if after.PID != before.PID || after.State != StateRunning || after.Machine != before.Machine || after.Machine == "pc" {
+			t.Errorf("adopted as %+v, was %+v", after, before)
+		}
+		h.awaitProgress(t, g, 1)
+		// How an adopted guest ends is seen too.
+		v, err := h.lookup(g.name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		sendSignal(t, v.inst, unix.SIGKILL)
+		if end := h.ended(t, g.name, g.uuid); end.Cause != EndKilled || end.Signal != 9 {
+			t.Errorf("end: %+v", end)
+		}
+	})
+}
+
+// What a guest did while no agent watched is found out afterwards.
+func TestAdoptEnded(t *testing.T) {
+	t.Run("powered off meanwhile", func(t *testing.T) {
+		h := newHost(t)
+		_, id := h.startSector(t, buttonSector, "")
+		i, err := h.Get("sector")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := h.Close(); err != nil {
+			t.Fatal(err)
+		}
+		pressUntilShutdown(t, i.Observer)
+		h.open(t)
+		if end := h.ended(t, "sector", id); end.Cause != EndPoweredDown {
+			t.Errorf("end: %+v", end)
+		}
+	})
+	t.Run("killed meanwhile", func(t *testing.T) {
+		h := newHost(t)
+		inst, id := h.startSector(t, idleSector, "")
+		pidfd, err := inst.proc.duplicate()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer unix.Close(pidfd)
+		if err := h.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if err := unix.PidfdSendSignal(pidfd, unix.SIGKILL, nil, 0); err != nil {
+			t.Fatal(err)
+		}
+		// The test stands in for init, which takes notice of the orphan's end.
+		if _, err := unix.Wait4(inst.proc.id.PID, nil, 0, nil); err != nil {
+			t.Fatal(err)
+		}
+		h.open(t)
+		if end := h.ended(t, "sector", id); end.Cause != EndVanished {
+			t.Errorf("end: %+v", end)
+		}
+	})
+	t.Run("the host was restarted", func(t *testing.T) {
+		h := newHost(t)
+		_, id := h.startSector(t, idleSector, "")
+		if err := h.Destroy(testContext(t), "sector"); err != nil {
+			t.Fatal(err)
+		}
+		v, err := h.lookup("sector")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := v.updateRecord(func(r *record) { r.End = nil }); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.MkdirAll(v.files.run, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		// Our own PID, but from another boot.
+		if err := writeJSON(v.files.process(), processID{PID: os.Getpid(), Start: 1, Boot: "another"}, false); err != nil {
+			t.Fatal(err)
+		}
+		h.restart(t)
+		if end := h.ended(t, "sector", id); end.Cause != EndVanished || end.Detail != "the host was restarted" {
+			t.Errorf("end: %+v", end)
+		}
+	})
+}
+
+// A QEMU that lives but does not answer when its agent comes back keeps its
+// guest, and is adopted when it answers.
+func TestAdoptUnreachable(t *testing.T) {
+	h := newHost(t)
+	inst, _ := h.startSector(t, idleSector, "")
+	pidfd, err := inst.proc.duplicate()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(pidfd)
+	if err := h.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.PidfdSendSignal(pidfd, unix.SIGSTOP, nil, 0); err != nil {
+		t.Fatal(err)
+	}
+	if h.Driver, err = New(h.cfg); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(testContext(t), 100*time.Millisecond)
+	defer cancel()
+	if err := h.Adopt(ctx); err != nil {
+		t.Fatal(err)
+	}
+	h.await(t, "sector", StateUnreachable)
+	if err := h.Start(testContext(t), "sector"); !errors.As(err, new(*StateError)) {
+		t.Errorf("start a guest that cannot be reached: %v", err)
+	}
+	if err := unix.PidfdSendSignal(pidfd, unix.SIGCONT, nil, 0); err != nil {
+		t.Fatal(err)
+	}
+	h.await(t, "sector", StateRunning)
+}
+
+// pressUntilShutdown presses the power button until QEMU says that the guest
+// has switched itself off.
+func pressUntilShutdown(t *testing.T, socket string) {
+	t.Helper()
+	m, err := dialMonitor(testContext(t), socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.close()
+	sub := m.subscribe()
+	defer sub.close()
+	deadline := time.Now().Add(patience)
+	for time.Now().Before(deadline) {
+		if err := m.run(testContext(t), "system_powerdown", nil, nil); err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithTimeout(testContext(t), 200*time.Millisecond)
+		e, err := sub.next(ctx)
+		for ; err == nil; e, err = sub.next(ctx) {
+			if e.Event.Event == "SHUTDOWN" {
+				cancel()
+				return
+			}
+		}
+		cancel()
+	}
+	t.Fatal("the guest does not switch itself off")
+}
+
+// Another process that has a dead guest's PID is left alone.
+func TestAdoptReusedPID(t *testing.T) {
+	boot, err := bootID()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := findProcess(processID{PID: os.Getpid(), Start: 1, Boot: boot}); !errors.Is(err, errGone) {
+		t.Errorf("our own process with another start time: %v", err)
+	}
+}
