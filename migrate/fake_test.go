@@ -244,11 +244,10 @@ func (h *fakeHost) Prepare(_ context.Context, o Offer) (Shell, error) {
 
 // fakeLedger is both sides' and writes down what was asked of it.
 type fakeLedger struct {
-	mu      sync.Mutex
-	calls   []string
-	fail    map[string]error
-	before  func(call string)
-	aborted bool
+	mu     sync.Mutex
+	calls  []string
+	fail   map[string]error
+	before func(call string)
 }
 
 func (l *fakeLedger) call(name string) error {

@@ -57,11 +57,11 @@ func (m fakeMigrations) Start(_ context.Context, r *lmctlv1.StartMigrationReques
 	return &lmctlv1.Migration{Id: "m1", Guest: r.Guest, Destination: r.Destination}, nil
 }
 
-func (w fakeMigrations) Watch(_ *lmctlv1.MigrationRequest, s grpc.ServerStreamingServer[lmctlv1.Migration]) error {
-	f := w.f
+func (m fakeMigrations) Watch(_ *lmctlv1.MigrationRequest, s grpc.ServerStreamingServer[lmctlv1.Migration]) error {
+	f := m.f
 	passes := []*lmctlv1.Pass{{N: 1, Pages: 1000, ZeroPages: 10, Bytes: 4 << 20, Duration: durationpb.New(time.Second), DirtyAfter: 7}}
-	m := &lmctlv1.Migration{Id: "m1", Guest: "web", State: "copying", Started: timestamppb.Now(), Progress: &lmctlv1.Progress{Pass: 2, PassPages: 10, CopiedPages: 5, Rate: 1e6, Passes: passes}}
-	if err := s.Send(m); err != nil {
+	first := &lmctlv1.Migration{Id: "m1", Guest: "web", State: "copying", Started: timestamppb.Now(), Progress: &lmctlv1.Progress{Pass: 2, PassPages: 10, CopiedPages: 5, Rate: 1e6, Passes: passes}}
+	if err := s.Send(first); err != nil {
 		return err
 	}
 	if f.watching != nil {
@@ -72,7 +72,7 @@ func (w fakeMigrations) Watch(_ *lmctlv1.MigrationRequest, s grpc.ServerStreamin
 	if err != nil {
 		return err
 	}
-	return s.Send(&lmctlv1.Migration{Id: "m1", Guest: "web", Finished: true, State: "done", Started: m.Started, Progress: m.Progress, Report: report})
+	return s.Send(&lmctlv1.Migration{Id: "m1", Guest: "web", Finished: true, State: "done", Started: first.Started, Progress: first.Progress, Report: report})
 }
 
 func (m fakeMigrations) Cancel(context.Context, *lmctlv1.MigrationRequest) (*lmctlv1.Migration, error) {
