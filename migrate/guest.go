@@ -51,7 +51,8 @@ type Guest interface {
 	Movable(ctx context.Context) error
 	// Discards says whether guest pages can turn back into holes while the
 	// guest runs (a balloon, free page reporting). Such a change is no write
-	// and is not in the bitmap, so that the engine then compares the holes.
+	// and is not in the bitmap, so that the engine then compares the holes. It
+	// is asked once, before the first pass.
 	Discards(ctx context.Context) (bool, error)
 	// Drain waits until every block I/O that was in flight when it was called
 	// has landed in guest memory, without stopping the guest.

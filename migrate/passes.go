@@ -10,7 +10,14 @@ import (
 )
 
 // track attaches the tracker. From its first look on, no write is missed.
-func (m *source) track(context.Context) error {
+func (m *source) track(ctx context.Context) error {
+	// Asked now, once: while the device state is saved the hypervisor does not
+	// answer, and the guest would wait for it.
+	discards, err := m.job.Guest.Discards(ctx)
+	if err != nil {
+		return fmt.Errorf("ask for discarded pages: %w", err)
+	}
+	m.discards = discards
 	t, err := m.sender.Track(m.job.Guest.Process(), m.mem.regions())
 	if err != nil {
 		return fmt.Errorf("track dirty pages: %w", err)
@@ -46,7 +53,7 @@ func (m *source) precopy(ctx context.Context) error {
 		if err := m.tracker.Collect(written); err != nil {
 			return fmt.Errorf("pass %d: scan: %w", m.pass, err)
 		}
-		if err := m.settle(ctx, written); err != nil {
+		if err := m.settle(written); err != nil {
 			return fmt.Errorf("pass %d: %w", m.pass, err)
 		}
 		p.DirtyAfter = count(written)
@@ -103,12 +110,8 @@ func (m *source) awaitPass(ctx context.Context, pass int) error {
 // that were never touched, when page tables come into being around one that
 // was: those are holes at both ends, and reading them would fill them. And
 // pages that turned back into holes may not be reported at all.
-func (m *source) settle(ctx context.Context, written []*dirtymap.Bitmap) error {
-	discards, err := m.job.Guest.Discards(ctx)
-	if err != nil {
-		return fmt.Errorf("ask for discarded pages: %w", err)
-	}
-	if discards {
+func (m *source) settle(written []*dirtymap.Bitmap) error {
+	if m.discards {
 		if err := m.addDiscarded(written); err != nil {
 			return err
 		}

@@ -46,6 +46,7 @@ type source struct {
 	scratch []*dirtymap.Bitmap
 	pass    int // the newest pass
 
+	discards  bool      // pages may turn back into holes
 	suspended bool      // Suspend was called
 	stopped   time.Time // when the guest stopped
 	committed bool      // the record stands, or may stand

@@ -94,7 +94,7 @@ func (m *source) finalPages(ctx context.Context) error {
 	if err := m.tracker.Peek(m.pending); err != nil {
 		return fmt.Errorf("last scan: %w", err)
 	}
-	if err := m.settle(ctx, m.pending); err != nil {
+	if err := m.settle(m.pending); err != nil {
 		return fmt.Errorf("last scan: %w", err)
 	}
 	m.report.DowntimeParts.FinalScan = time.Since(begin)
