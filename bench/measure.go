@@ -23,6 +23,9 @@ type Sample struct {
 	Destination string    `json:"destination"`
 	// Downtime is the longest time in which the guest's clock did not go on.
 	Downtime time.Duration `json:"downtime_ns"`
+	// Seen is that time as it was seen. It differs from Downtime for a contender
+	// that is not charged with all of it.
+	Seen time.Duration `json:"seen_ns"`
 	// Since is when that time began, from the command on.
 	Since time.Duration `json:"since_ns"`
 	// Quiet is the longest such time just before, without a migration.
@@ -104,7 +107,7 @@ func (b *bed) measure(ctx context.Context, s subject, how travel, counter int64)
 		return sample, err
 	}
 	gap := probe.Longest()
-	sample.Downtime, sample.Since, sample.Late = gap.Length, gap.Start.Sub(began), probe.Lateness()
+	sample.Downtime, sample.Seen, sample.Since, sample.Late = gap.Length, gap.Length, gap.Start.Sub(began), probe.Lateness()
 	if sample.Own.timed {
 		sample.Downtime = sample.Own.Downtime
 	}
