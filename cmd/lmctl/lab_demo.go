@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"path/filepath"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -29,7 +28,7 @@ there and back. Then it says what the client has noticed, and removes all of it.
 // demo is one run of the demonstration.
 type demo struct {
 	*labOptions
-	rounds int // there and back
+	count  int // of migrations
 	memory string
 	rate   dirtyRate
 	verify bool
@@ -37,8 +36,10 @@ type demo struct {
 	guest  lab.Guest
 }
 
-// demoGuest is the name of the demo's guest.
-const demoGuest = "demo"
+const (
+	demoGuest = "demo"                // the guest's name
+	demoDir   = "/var/lib/lmctl/demo" // the folder of the lab, which is removed at the end
+)
 
 func newLabDemoCommand(l *labOptions) *cobra.Command {
 	d := demo{labOptions: l, rate: 50 << 20}
@@ -48,12 +49,15 @@ func newLabDemoCommand(l *labOptions) *cobra.Command {
 			if err := demoNeeds(); err != nil {
 				return err
 			}
+			if !cmd.Flags().Changed("state-dir") {
+				d.dir = demoDir // not where a lab may be that is to stay
+			}
 			ctx, stop := interruptible(cmd.Context())
 			defer stop()
 			return d.inLab(ctx)
 		},
 	}
-	cmd.Flags().IntVar(&d.rounds, "rounds", 1, "how many times there and back")
+	cmd.Flags().IntVar(&d.count, "migrations", 2, "how many times the guest moves, there and back in turn")
 	cmd.Flags().StringVar(&d.memory, "memory", "512MiB", "the guest's memory")
 	cmd.Flags().Var(&d.rate, "dirty-rate", "how much memory the guest writes a second, or max")
 	cmd.Flags().BoolVar(&d.verify, "verify", false, "compare every page at each switchover, which makes the pause longer")
@@ -74,20 +78,15 @@ func demoNeeds() error {
 // inLab makes a lab of its own for the demo and removes it again, however the
 // demo ends.
 func (d *demo) inLab(ctx context.Context) (err error) {
-	if d.rounds < 1 {
-		return usagef("--rounds: %d", d.rounds)
+	if d.count < 1 {
+		return usagef("--migrations %d: one is the least", d.count)
 	}
-	parent, err := os.MkdirTemp("", "lmctl-demo-")
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, os.RemoveAll(parent)) }()
-	d.dir = filepath.Join(parent, "lab")
 	d.say("making two hosts and a client")
-	if d.lab, err = lab.Up(ctx, lab.Options{Dir: d.dir, Hosts: 2}); err != nil {
+	var end func() error
+	if d.lab, end, err = lab.Fresh(ctx, lab.Options{Dir: d.dir, Hosts: 2}); err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, lab.Down(context.WithoutCancel(ctx), d.dir)) }()
+	defer func() { err = errors.Join(err, end()) }()
 	spec := lab.GuestSpec{Name: demoGuest, Kind: lab.Linux, Host: lab.HostName(1), DirtyRate: int64(d.rate)}
 	if spec.Memory, err = parseSize(d.memory); err != nil {
 		return &usageError{fmt.Errorf("--memory: %w", err)}
@@ -137,7 +136,7 @@ func (d *demo) underLoad(ctx context.Context) error {
 
 // move moves the guest there and back, and notes each report.
 func (d *demo) move(ctx context.Context, r *demoReport) error {
-	for i := range 2 * d.rounds {
+	for i := range d.count {
 		from, to := lab.HostName(1+i%2), lab.HostName(2-i%2)
 		if !d.json {
 			fmt.Fprintf(d.out, "\n$ lmctl migrate %s %s\n", demoGuest, to)
@@ -193,6 +192,8 @@ func (d *demo) conclude(r *demoReport) error {
 		return fmt.Errorf("the guest is not well: %q", r.Guest.Problems)
 	case !r.TCP.Whole():
 		return fmt.Errorf("the connection has suffered: %d replies lost, %d doubled, %d out of order", r.TCP.Lost, r.TCP.Doubled, r.TCP.Unordered)
+	case r.UDP.Doubled > 0:
+		return fmt.Errorf("%d datagrams were answered twice", r.UDP.Doubled)
 	}
 	return nil
 }
