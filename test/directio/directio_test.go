@@ -32,7 +32,6 @@ type bed struct {
 	here, there *qemu.Driver
 	guest       string
 	ledger      *ledger
-	destination *destination // the other host
 }
 
 // TestReads moves a guest whose disk reads by direct I/O are under way at every
@@ -42,10 +41,6 @@ func TestReads(t *testing.T) {
 	testenv.NeedTracker(t, dirtymap.Probe)
 	b := &bed{disk: newSlowDisk(t, diskSize), here: newHost(t), there: newHost(t), ledger: &ledger{}}
 	b.guest = startGuest(t, b.here, b.disk)
-	b.destination = listen(t, &migrate.Receiver{
-		Name: "host2", Host: b.there, Ledger: b.ledger,
-		Undecided: func(migrate.Incoming) { t.Error("the destination did not hear whose the guest is") },
-	})
 	b.fill(t)
 	t.Run("without drain", b.withoutDrain)
 	t.Run("with drain", b.withDrain)
@@ -78,6 +73,11 @@ func (b *bed) migrate(t *testing.T, options migrate.Options, wrap func(*qemu.Gue
 			t.Error(err)
 		}
 	}()
+	address, stop := serve(t, &migrate.Receiver{
+		Name: "host2", Host: b.there, Ledger: b.ledger,
+		Undecided: func(migrate.Incoming) { t.Error("the destination did not hear whose the guest is") },
+	})
+	defer stop()
 	sender := &migrate.Sender{
 		Host: "host1", Ledger: b.ledger,
 		Track: func(p migrate.Process, regions []dirtymap.Region) (migrate.Tracker, error) {
@@ -89,15 +89,13 @@ func (b *bed) migrate(t *testing.T, options migrate.Options, wrap func(*qemu.Gue
 		},
 	}
 	options.Verify = true
-	report, err := sender.Migrate(within(t), migrate.Job{
+	return sender.Migrate(within(t), migrate.Job{
 		ID: uuid.NewString(), Guest: wrap(g), Epoch: 1, Destination: "host2", Options: options,
 		Dial: func(ctx context.Context) (net.Conn, error) {
 			var d net.Dialer
-			return d.DialContext(ctx, "tcp", b.destination.address)
+			return d.DialContext(ctx, "tcp", address)
 		},
 	})
-	b.destination.serving.Wait()
-	return report, err
 }
 
 // withoutDrain takes the drain out. The reads that are under way at the first

@@ -10,7 +10,6 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -173,25 +172,28 @@ func healthy(t *testing.T, host *qemu.Driver, name string) {
 	if !st.OK || len(st.Problems) > 0 || st.Memory.Mismatches+st.Disk.Mismatches+st.Disk.Errors > 0 {
 		t.Fatalf("the guest is not well: %+v, disk %+v", st, st.Disk)
 	}
-	if later := ask(t, host, name, control.Request{Do: control.GetStatus}); later.BootID != st.BootID || later.Clock.Ticks <= st.Clock.Ticks {
-		t.Fatalf("the guest does not go on: %+v after %+v", later, st)
+	for ctx := within(t); ; {
+		later := ask(t, host, name, control.Request{Do: control.GetStatus})
+		if later.BootID != st.BootID {
+			t.Fatalf("the guest has booted anew: %+v after %+v", later, st)
+		}
+		if later.Clock.Ticks > st.Clock.Ticks {
+			return
+		}
+		if err := ctx.Err(); err != nil {
+			t.Fatalf("the guest does not go on: %+v after %+v", later, st)
+		}
 	}
 }
 
-// destination serves connections to a loopback port until the test ends.
-type destination struct {
-	address string
-	serving sync.WaitGroup // connections
-}
-
-func listen(t *testing.T, r *migrate.Receiver) *destination {
+// serve lets a receiver serve connections to a loopback port. Once stop is
+// called it takes no more of them, and stop returns when it has done with all.
+func serve(t *testing.T, r *migrate.Receiver) (address string, stop func()) {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithCancel(context.Background())
-	d := &destination{address: l.Addr().String()}
 	var group errgroup.Group
 	group.Go(func() error {
 		for {
@@ -202,19 +204,17 @@ func listen(t *testing.T, r *migrate.Receiver) *destination {
 			if err != nil {
 				return err
 			}
-			d.serving.Go(func() {
-				if err := r.Serve(ctx, conn, "host1"); err != nil {
+			group.Go(func() error {
+				if err := r.Serve(context.Background(), conn, "host1"); err != nil {
 					t.Logf("the destination: %v", err)
 				}
+				return nil
 			})
 		}
 	})
-	t.Cleanup(func() {
-		cancel()
+	return l.Addr().String(), func() {
 		if err := errors.Join(l.Close(), group.Wait()); err != nil {
 			t.Error(err)
 		}
-		d.serving.Wait()
-	})
-	return d
+	}
 }
