@@ -6,8 +6,8 @@
 //
 //   - Start watches a guest's tap on the host where it runs and learns the
 //     addresses that nobody wrote into the guest's definition.
-//   - OpenStranded, at the source, before the tap leaves the bridge, takes the
-//     descriptors of the tap (TapFDs finds them in the hypervisor's process).
+//   - OpenStranded, at the source, before the guest is stopped, begins to keep
+//     what comes for it.
 //   - Redirect, at the destination, as soon as the tap is up, tells the local
 //     bridge that the guest is now behind the tap.
 //   - Begin, at the destination, right after the vCPUs run, puts out the first

@@ -345,11 +345,24 @@ func (n *network) guestAtSource(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	format, _, err := probeFile(n.old)
+	header := 0
+	raw, err := n.old.SyscallConn()
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := n.old.Write(append(make([]byte, format.header), b...)); err != nil {
+	if e := raw.Control(func(fd uintptr) {
+		var ifr *unix.Ifreq
+		if ifr, err = unix.NewIfreq(""); err != nil {
+			return
+		}
+		if err = unix.IoctlIfreq(int(fd), unix.TUNGETIFF, ifr); err != nil || ifr.Uint16()&unix.IFF_VNET_HDR == 0 {
+			return
+		}
+		header, err = unix.IoctlGetInt(int(fd), unix.TUNGETVNETHDRSZ)
+	}); e != nil || err != nil {
+		t.Fatal(e, err)
+	}
+	if _, err := n.old.Write(append(make([]byte, header), b...)); err != nil {
 		t.Fatal(err)
 	}
 	eventually(t, "the guest known at the source", func() bool {

@@ -1,53 +1,56 @@
 package announce
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"net"
 	"os"
 	"slices"
-	"sync/atomic"
+	"sync"
 	"time"
 
-	"golang.org/x/sync/errgroup"
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
-// Bounds of one Forward, far above what a tap's queue (1000 frames by default)
-// and some tens of milliseconds of a client's patience hold.
+// Bounds of what one Stranded keeps, far above what comes for a guest during a
+// pause and some tens of milliseconds of a client's patience.
 const (
 	maxForwarded = 4096
-	maxRead      = 4 * maxForwarded
+	maxHeld      = 16 << 20 // bytes
 )
 
-// ErrTooMany says that Forward gave up because more frames came than can have
-// been stranded.
-var ErrTooMany = errors.New("more frames than can have been stranded")
+// ErrTooMany says that frames were lost because more came than Stranded keeps.
+var ErrTooMany = errors.New("more frames than are kept for a guest")
 
 // Stranded sends on the frames that arrived at the source for a guest that had
-// been stopped there and now runs at the destination. They wait in the queue of
-// the source's tap, which nobody reads any more, and would be lost with it: a
+// been stopped there and now runs at the destination. They went into the
+// source's tap, which nobody reads any more, and would be lost with it: a
 // client would have to time out and send again, 200 ms and more after a pause
 // of a few.
 //
+// It keeps a copy of each frame that the tap is given for the guest, with the
+// time at which the kernel gave it. What the hypervisor does with the tap does
+// not matter: a stopped QEMU still takes one frame out of it, and loses that.
+//
 // The order at the source:
 //
-//  1. The guest is stopped.
-//  2. OpenStranded, while the tap is a port of the bridge. The tap may stay
-//     there: frames that still come for the guest are then caught and sent on
+//  1. OpenStranded, while the guest runs and the tap is a port of the bridge.
+//     The tap stays there: frames that still come for the guest are then caught
 //     too, until its announcement reaches this host's bridge, which from then
 //     on does not send them to the tap.
+//  2. The guest is stopped; Stopped says when. Frames from before that are the
+//     guest's already and are dropped; all others it cannot have received.
 //  3. The guest has been committed to the destination, runs there, and the
 //     first round of its announcement (Begin) is out.
 //  4. Forward, for some tens of milliseconds.
 //  5. Close, and only then the end of the hypervisor's process and the tap.
 //
 // Forward before step 3 would send frames to a switch that returns them to
-// nobody; on a guest that resumes at the source it would steal its frames.
-//
-// One frame may be lost all the same: a stopped QEMU (seen with 7.2) still takes
-// the first one out of its tap and then reads no more.
+// nobody. For a guest that resumes at the source there is only Close: its
+// frames are in its tap.
 //
 // The frames go straight out of the bridge's uplinks, not through the bridge,
 // so that none can come back to the tap. Their Ethernet source becomes the
@@ -56,74 +59,45 @@ var ErrTooMany = errors.New("more frames than can have been stranded")
 // lost. Nothing that the guest does depends on the Ethernet source of a unicast
 // packet; it sends to the MAC that ARP or neighbour discovery gave it.
 type Stranded struct {
-	nic    NIC
-	from   net.HardwareAddr // the bridge's
-	ways   []way
-	out    *outlet
-	queues []queue
-	stats  stats
-	limit  int64 // frames to send on
+	nic  NIC
+	from net.HardwareAddr // the bridge's
+	ways []way
+	out  *outlet
+	in   *tapSocket
+	done chan struct{} // closed when the reader has ended
+	more chan struct{} // has an element when there may be frames for Forward
+
+	mu        sync.Mutex
+	stopped   time.Time // zero until it is known
+	held      []heldFrame
+	bytes     int // in held
+	limit     int // frames to hold, and to keep from the stop on
+	kept      int // frames from the stop on
+	forwarded int
+	dropped   int
+	err       error // why the reader ended by itself
 }
 
-type queue struct {
-	file   *os.File
-	format tapFormat
+// heldFrame is one that a packet socket with PACKET_VNET_HDR can send.
+type heldFrame struct {
+	at time.Time
+	b  []byte
 }
 
-type stats struct{ read, forwarded, dropped atomic.Int64 }
-
-// OpenStranded takes over the descriptors of the tap's queues, duplicates of
-// the hypervisor's (TapFDs, pidfd_getfd), and closes them also if it fails. The
-// tap is a port of the bridge and the guest is stopped.
-func OpenStranded(nic NIC, fds ...int) (*Stranded, error) {
-	s := &Stranded{nic: nic, limit: maxForwarded}
+// OpenStranded begins to keep the frames for the guest, which still runs.
+func OpenStranded(nic NIC) (*Stranded, error) {
+	s := &Stranded{nic: nic, limit: maxForwarded, done: make(chan struct{}), more: make(chan struct{}, 1)}
 	s.nic.MAC = slices.Clone(nic.MAC)
-	files := make([]*os.File, 0, len(fds))
-	for _, fd := range fds {
-		// Before os.NewFile, which then lets reads wait with a deadline.
-		// QEMU's own descriptors are non-blocking, and this flag is shared.
-		err := unix.SetNonblock(fd, true)
-		f := os.NewFile(uintptr(fd), nic.Tap)
-		if f == nil {
-			err = unix.EBADF
-		} else {
-			files = append(files, f)
-		}
-		if err != nil {
-			return nil, s.refuse(files, fmt.Errorf("descriptor %d: %w", fd, err))
-		}
+	if err := s.open(); err != nil {
+		return nil, fmt.Errorf("announce: stranded frames of %s: %w", nic, err)
 	}
-	if err := s.open(files); err != nil {
-		return nil, s.refuse(files, err)
-	}
+	go s.run()
 	return s, nil
 }
 
-// refuse closes what a failed OpenStranded had taken over.
-func (s *Stranded) refuse(files []*os.File, cause error) error {
-	errs := []error{fmt.Errorf("announce: stranded frames of %s: %w", s.nic, cause)}
-	for _, f := range files {
-		errs = append(errs, f.Close())
-	}
-	return errors.Join(errs...)
-}
-
-func (s *Stranded) open(files []*os.File) error {
+func (s *Stranded) open() error {
 	if err := s.nic.check(); err != nil {
 		return err
-	}
-	if len(files) == 0 {
-		return errors.New("no descriptor of the tap")
-	}
-	for _, f := range files {
-		format, name, err := probeFile(f)
-		if err != nil {
-			return err
-		}
-		if name != s.nic.Tap {
-			return fmt.Errorf("the descriptor is of %s", name)
-		}
-		s.queues = append(s.queues, queue{file: f, format: format})
 	}
 	bridge, err := bridgeLink(s.nic.Bridge)
 	if err != nil {
@@ -139,111 +113,170 @@ func (s *Stranded) open(files []*os.File) error {
 	if len(s.ways) == 0 {
 		return fmt.Errorf("%s has no uplink that forwards", s.nic.Bridge)
 	}
-	s.out, err = openOutlet(true)
-	return err
-}
-
-func probeFile(f *os.File) (format tapFormat, name string, err error) {
-	raw, err := f.SyscallConn()
+	tap, err := netlink.LinkByName(s.nic.Tap)
 	if err != nil {
-		return tapFormat{}, "", err
+		return fmt.Errorf("find %s: %w", s.nic.Tap, err)
 	}
-	if e := raw.Control(func(fd uintptr) { format, name, err = probeTap(int(fd)) }); e != nil {
-		return tapFormat{}, "", e
-	}
-	return format, name, err
-}
-
-// Forward sends on what the tap's queues hold, and what comes after, until ctx
-// is done, which is no error; with a ctx that is done already it sends on only
-// what is there. frames is how many went out so far, in all calls. A frame that
-// cannot be sent is dropped and counted (Dropped).
-func (s *Stranded) Forward(ctx context.Context) (frames int, err error) {
-	group, ctx := errgroup.WithContext(ctx)
-	for _, q := range s.queues {
-		group.Go(func() error { return s.drain(ctx, q) })
-	}
-	err = group.Wait()
-	if err != nil {
-		err = fmt.Errorf("announce: stranded frames of %s: %w", s.nic, err)
-	}
-	return int(s.stats.forwarded.Load()), err
-}
-
-// Dropped is how many frames for the guest could not be sent on.
-func (s *Stranded) Dropped() int { return int(s.stats.dropped.Load()) }
-
-func (s *Stranded) drain(ctx context.Context, q queue) error {
-	raw, err := q.file.SyscallConn()
-	if err != nil {
+	if s.out, err = openOutlet(true); err != nil {
 		return err
 	}
-	// The largest frame of a tap, and a VLAN tag.
-	b := make([]byte, q.format.info+q.format.header+64<<10+64)
-	next := func(fd uintptr) error {
-		n, err := unix.Read(int(fd), b)
-		if err != nil {
-			return err
-		}
-		return s.forward(q.format, b[:n])
-	}
-	// What is there already is sent on whatever has become of ctx.
-	for err == nil || errors.Is(err, unix.EINTR) {
-		if e := raw.Control(func(fd uintptr) { err = next(fd) }); e != nil {
-			return e
-		}
-	}
-	if !errors.Is(err, unix.EAGAIN) {
-		return tapEnd(err)
-	}
-	if err := q.file.SetReadDeadline(time.Time{}); err != nil {
-		return err
-	}
-	stop := context.AfterFunc(ctx, func() {
-		// It can fail only on a closed file, which ends the read as well.
-		_ = q.file.SetReadDeadline(time.Unix(1, 0))
-	})
-	defer stop()
-	for ctx.Err() == nil {
-		e := raw.Read(func(fd uintptr) bool {
-			err = next(fd)
-			return !errors.Is(err, unix.EAGAIN)
-		})
-		if errors.Is(e, os.ErrDeadlineExceeded) {
-			return nil
-		}
-		if e != nil {
-			return e
-		}
-		if err != nil && !errors.Is(err, unix.EINTR) {
-			return tapEnd(err)
-		}
+	if s.in, err = openTapSocket(tap.Attrs().Index, s.nic.MAC); err != nil {
+		return errors.Join(err, s.out.close())
 	}
 	return nil
 }
 
-// tapEnd: a tap that has been removed has no more frames (the driver says
-// EBADFD or EFAULT), which ends the reading as well as ctx does.
-func tapEnd(err error) error {
-	if errors.Is(err, unix.EBADFD) || errors.Is(err, unix.EFAULT) {
-		return nil
+// run reads all the time, also before the stop: a busy guest's frames would
+// else fill the socket's buffer just when those that count arrive.
+func (s *Stranded) run() {
+	defer close(s.done)
+	for {
+		b, at, err := s.in.next()
+		switch {
+		case errors.Is(err, os.ErrDeadlineExceeded):
+			return
+		case errors.Is(err, unix.ENETDOWN):
+			continue // told once when the tap goes down or away
+		case errors.Is(err, errUnreadable):
+			s.drop()
+			continue
+		case err != nil:
+			s.mu.Lock()
+			s.err = err
+			s.mu.Unlock()
+			return
+		}
+		p, err := repack(b, s.nic.MAC, s.from)
+		switch {
+		case err == nil:
+			s.hold(heldFrame{at: at, b: bytes.Clone(p)})
+		case !errors.Is(err, errNotForIt):
+			s.drop()
+		}
 	}
-	return err
 }
 
-// forward sends one frame on. Only what must end the forwarding is an error.
-func (s *Stranded) forward(format tapFormat, b []byte) error {
-	if s.stats.read.Add(1) > maxRead || s.stats.forwarded.Load() >= s.limit {
-		return ErrTooMany
+// drop counts a frame that cannot be sent on, if it is not known to be one from
+// before the stop.
+func (s *Stranded) drop() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.stopped.IsZero() {
+		s.dropped++
 	}
-	p, err := format.repack(b, s.nic.MAC, s.from)
+}
+
+// hold keeps a frame. Until the stop is known, the newest are kept, and from
+// then on the oldest.
+func (s *Stranded) hold(f heldFrame) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.stopped.IsZero() {
+		if f.at.Before(s.stopped) {
+			return
+		}
+		if s.kept >= s.limit || s.bytes+len(f.b) > maxHeld {
+			s.dropped++
+			return
+		}
+		s.kept++
+	}
+	s.held = append(s.held, f)
+	s.bytes += len(f.b)
+	if s.stopped.IsZero() {
+		gone := 0
+		for len(s.held)-gone > s.limit || s.bytes > maxHeld {
+			s.bytes -= len(s.held[gone].b)
+			s.held[gone].b = nil
+			gone++
+		}
+		s.held = s.held[gone:]
+		return
+	}
+	s.wake()
+}
+
+func (s *Stranded) wake() {
+	select {
+	case s.more <- struct{}{}:
+	default:
+	}
+}
+
+// Stopped says when the guest was stopped, by the clock that both the kernel
+// and the hypervisor read (CLOCK_REALTIME): from then on it has received
+// nothing. A frame of before may have been received, or lie in the memory that
+// goes to the destination, and is never sent on. It is called once.
+func (s *Stranded) Stopped(at time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.stopped = at
+	s.held = slices.DeleteFunc(s.held, func(f heldFrame) bool { return f.at.Before(at) })
+	s.bytes, s.kept = 0, len(s.held)
+	for _, f := range s.held {
+		s.bytes += len(f.b)
+	}
+	s.wake()
+}
+
+// Forward sends on what came from the stop on, and what still comes until ctx
+// is done, which is no error; with a ctx that is done already it sends on only
+// what is there. Each frame is sent on once, in the order in which they came.
+// frames is how many went out so far, in all calls. A frame that cannot be sent
+// is dropped and counted (Dropped). It needs Stopped.
+func (s *Stranded) Forward(ctx context.Context) (frames int, err error) {
+	for {
+		s.sendHeld()
+		select {
+		case <-s.more:
+			continue
+		case <-s.done:
+		case <-ctx.Done():
+		}
+		break
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	switch {
-	case errors.Is(err, errNotForIt):
-		return nil
-	case err != nil:
-		s.stats.dropped.Add(1)
-		return nil
+	case s.stopped.IsZero():
+		err = errors.New("it is not known when the guest was stopped")
+	case s.err != nil:
+		err = s.err
+	case s.kept >= s.limit && s.dropped > 0:
+		err = ErrTooMany
 	}
+	if err != nil {
+		err = fmt.Errorf("announce: stranded frames of %s: %w", s.nic, err)
+	}
+	return s.forwarded, err
+}
+
+// sendHeld sends on the frames that are held.
+func (s *Stranded) sendHeld() {
+	s.mu.Lock()
+	if s.stopped.IsZero() {
+		s.mu.Unlock()
+		return
+	}
+	frames := s.held
+	s.held, s.bytes = nil, 0
+	s.mu.Unlock()
+	forwarded, dropped := 0, 0
+	for _, f := range frames {
+		if s.send(f.b) {
+			forwarded++
+		} else {
+			dropped++
+		}
+	}
+	s.mu.Lock()
+	s.forwarded += forwarded
+	s.dropped += dropped
+	s.mu.Unlock()
+}
+
+// send puts a frame onto the uplinks and says whether any took it.
+func (s *Stranded) send(p []byte) bool {
 	sent := false
 	for _, w := range s.ways {
 		// No context: a packet socket that cannot send at once (ENOBUFS, an
@@ -252,21 +285,24 @@ func (s *Stranded) forward(format tapFormat, b []byte) error {
 			sent = true
 		}
 	}
-	if sent {
-		s.stats.forwarded.Add(1)
-	} else {
-		s.stats.dropped.Add(1)
-	}
-	return nil
+	return sent
 }
 
-// Close gives the descriptors back. It is not called during Forward.
+// Dropped is how many frames for the guest could not be sent on.
+func (s *Stranded) Dropped() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.dropped
+}
+
+// Close ends the keeping, and forgets what has not been sent on. It is not
+// called during Forward.
 func (s *Stranded) Close() error {
-	errs := []error{s.out.close()}
-	for _, q := range s.queues {
-		errs = append(errs, q.file.Close())
+	err := s.in.interrupt()
+	if err == nil { // else the reader would not end
+		<-s.done
 	}
-	if err := errors.Join(errs...); err != nil {
+	if err := errors.Join(err, s.in.close(), s.out.close()); err != nil {
 		return fmt.Errorf("announce: stranded frames of %s: close: %w", s.nic, err)
 	}
 	return nil

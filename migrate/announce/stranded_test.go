@@ -6,11 +6,11 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"io/fs"
 	"net"
 	"os"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -21,24 +21,38 @@ const (
 	ipTCP = 6
 )
 
-// strand opens the stranded frames at the source, on a duplicate of the guest's
-// descriptor, as a caller gets it with pidfd_getfd.
+// strand begins to keep what comes to the source for the guest.
 func (n *network) strand(t *testing.T) *Stranded {
 	t.Helper()
-	var fd int
-	raw, err := n.old.SyscallConn()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if e := raw.Control(func(own uintptr) { fd, err = unix.FcntlInt(own, unix.F_DUPFD_CLOEXEC, 0) }); e != nil || err != nil {
-		t.Fatal(e, err)
-	}
 	var s *Stranded
 	n.source.must(func() (err error) {
-		s, err = OpenStranded(n.nic(guest4), fd)
+		s, err = OpenStranded(n.nic(guest4))
 		return err
 	})
+	t.Cleanup(func() {
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+	})
 	return s
+}
+
+// awaitHeld waits until count frames have been taken, which the reader does in
+// its own time.
+func awaitHeld(t *testing.T, s *Stranded, count int) {
+	t.Helper()
+	eventually(t, "the frames are held", func() bool {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		return len(s.held) == count
+	})
+}
+
+// past is a context that is done.
+func past(t *testing.T) context.Context {
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	return ctx
 }
 
 // datagrams sends UDP from the client's own stack to the guest, which leaves
@@ -114,42 +128,30 @@ func nextFrom(t *testing.T, f *os.File, protocol byte) []byte {
 
 func TestStrandedArriveOnce(t *testing.T) {
 	n := newNetwork(t, unix.IFF_VNET_HDR)
-	raw, err := n.old.SyscallConn()
-	if err != nil {
-		t.Fatal(err)
-	}
-	e := raw.Control(func(fd uintptr) {
-		const csumTSO4 = 1 | 2 // TUN_F_CSUM | TUN_F_TSO4
-		err = errors.Join(unix.IoctlSetInt(int(fd), unix.TUNSETOFFLOAD, csumTSO4),
-			unix.IoctlSetPointerInt(int(fd), unix.TUNSETVNETHDRSZ, 12))
-	})
-	if e != nil || err != nil {
-		t.Fatal(e, err)
-	}
+	n.offload(t)
 	n.guestAtSource(t)
-	const before, after = 20, 40
-	n.datagrams(0, before)
-	n.client.send("eth0", unhex(t, hexARPOther), false) // a broadcast, not to be sent on
 	s := n.strand(t)
+	const delivered, before, after = 10, 30, 50
+	n.datagrams(0, delivered)
+	awaitHeld(t, s, delivered)
+	s.Stopped(time.Now())
+	awaitHeld(t, s, 0)
+	n.datagrams(delivered, before)
+	n.client.send("eth0", unhex(t, hexARPOther), false) // a broadcast, not to be sent on
+	awaitHeld(t, s, before-delivered)
 	n.moveGuest(t)
 	seen := n.destination.listen("up0")
 
-	// What is there is sent on even with no time left.
-	gone, cancel := context.WithCancel(t.Context())
-	cancel()
-	eventually(t, "all frames sent on", func() bool { // some may be on their way to the queue
-		sent, err := s.Forward(gone)
-		if err != nil || sent > before {
-			t.Fatalf("%d frames sent on, want %d; %v", sent, before, err)
+	// What is there is sent on even with no time left, and not twice.
+	for range 2 {
+		sent, err := s.Forward(past(t))
+		if err != nil || sent != before-delivered {
+			t.Fatalf("%d frames sent on, want %d; %v", sent, before-delivered, err)
 		}
-		return sent == before
-	})
-	if err := s.Close(); err != nil {
-		t.Fatal(err)
 	}
 	n.datagrams(before, after) // which find their own way
 	bridge := n.source.mac("br0")
-	for i := range after {
+	for i := delivered; i < after; i++ {
 		b := nextFrom(t, n.new, ipUDP)
 		if got, want := string(ipPayload(t, b, ipUDP)), fmt.Sprintf("datagram %d", i); got != want {
 			t.Fatalf("got %q, want %q", got, want)
@@ -165,6 +167,107 @@ func TestStrandedArriveOnce(t *testing.T) {
 	}
 	if got := next(t, seen, bridge); !bytes.Equal(got[:6], guestMAC) {
 		t.Errorf("sent on: %x", got)
+	}
+	if d := s.Dropped(); d != 0 {
+		t.Errorf("%d frames dropped", d)
+	}
+}
+
+// offload has the source's tap take unfinished checksums and large segments,
+// as a guest's virtio-net card does.
+func (n *network) offload(t *testing.T) {
+	t.Helper()
+	raw, err := n.old.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	e := raw.Control(func(fd uintptr) {
+		const csumTSO4 = 1 | 2 // TUN_F_CSUM | TUN_F_TSO4
+		err = errors.Join(unix.IoctlSetInt(int(fd), unix.TUNSETOFFLOAD, csumTSO4),
+			unix.IoctlSetPointerInt(int(fd), unix.TUNSETVNETHDRSZ, 12))
+	})
+	if e != nil || err != nil {
+		t.Fatal(e, err)
+	}
+}
+
+// A frame of the very moment of the stop counts, one of the microsecond before
+// does not, and neither does one of which the kernel took no time.
+func TestStrandedBoundary(t *testing.T) {
+	stop := time.Unix(1000, 5000)
+	times := []time.Time{{}, stop.Add(-1), stop, stop.Add(1)}
+	known := &Stranded{limit: 10, more: make(chan struct{}, 1)}
+	known.Stopped(stop)
+	learnt := &Stranded{limit: 10, more: make(chan struct{}, 1)}
+	for i, at := range times {
+		f := heldFrame{at: at, b: []byte{byte(i)}}
+		known.hold(f)
+		learnt.hold(f)
+	}
+	learnt.Stopped(stop)
+	for name, s := range map[string]*Stranded{"known": known, "learnt": learnt} {
+		if len(s.held) != 2 || s.held[0].b[0] != 2 || s.held[1].b[0] != 3 || s.bytes != 2 || s.kept != 2 {
+			t.Errorf("%s: %d bytes of %v, %d kept", name, s.bytes, s.held, s.kept)
+		}
+	}
+}
+
+// A tap whose queue is full, which nobody reads, loses no frame for it.
+func TestStrandedFullTap(t *testing.T) {
+	n := newNetwork(t, 0)
+	n.guestAtSource(t)
+	s := n.strand(t)
+	n.source.must(func() error {
+		l, err := netlink.LinkByName("tap0")
+		if err != nil {
+			return err
+		}
+		return netlink.LinkSetTxQLen(l, 4)
+	})
+	s.Stopped(time.Now())
+	const count = 100
+	n.datagrams(0, count)
+	awaitHeld(t, s, count)
+	n.source.must(func() error {
+		l, err := netlink.LinkByName("tap0")
+		if err == nil && l.Attrs().Statistics.TxDropped == 0 {
+			err = errors.New("the tap's queue was not full")
+		}
+		return err
+	})
+	n.moveGuest(t)
+	if sent, err := s.Forward(past(t)); sent != count || err != nil {
+		t.Fatalf("%d sent on, want %d; %v", sent, count, err)
+	}
+	for i := range count {
+		b := nextFrom(t, n.new, ipUDP)
+		if got, want := string(ipPayload(t, b, ipUDP)), fmt.Sprintf("datagram %d", i); got != want {
+			t.Fatalf("got %q, want %q", got, want)
+		}
+	}
+}
+
+// Tags of networks inside the guest arrive with the frame.
+func TestStrandedTagged(t *testing.T) {
+	n := newNetwork(t, 0)
+	n.guestAtSource(t)
+	s := n.strand(t)
+	s.Stopped(time.Now())
+	b := append(append(bytes.Clone(guestMAC), n.client.mac("eth0")...), 0x81, 0, 0x60, 7, 0x88, 0xb5)
+	n.client.send("eth0", append(b, make([]byte, 46)...), false)
+	awaitHeld(t, s, 1)
+	n.moveGuest(t)
+	if sent, err := s.Forward(past(t)); sent != 1 || err != nil {
+		t.Fatalf("%d sent on; %v", sent, err)
+	}
+	for {
+		got := receive(t, n.new)
+		if bytes.Equal(got[:6], guestMAC) {
+			if !bytes.Equal(got[offType:18], b[offType:]) {
+				t.Errorf("got %x\nwant %x", got[:18], b)
+			}
+			return
+		}
 	}
 }
 
@@ -184,29 +287,17 @@ func (s space) mac(name string) (mac net.HardwareAddr) {
 // checksum.
 func TestStrandedSegments(t *testing.T) {
 	n := newNetwork(t, unix.IFF_VNET_HDR)
-	raw, err := n.old.SyscallConn()
-	if err != nil {
-		t.Fatal(err)
-	}
-	e := raw.Control(func(fd uintptr) { err = unix.IoctlSetInt(int(fd), unix.TUNSETOFFLOAD, 1|2) })
-	if e != nil || err != nil {
-		t.Fatal(e, err)
-	}
+	n.offload(t)
 	n.guestAtSource(t)
+	s := n.strand(t)
+	s.Stopped(time.Now())
 	data := bytes.Repeat([]byte("0123456789"), 250)
 	n.client.send("eth0", segment(n.client.mac("eth0"), data, 1000), true)
-	s := n.strand(t)
+	awaitHeld(t, s, 1)
 	n.moveGuest(t)
-	done, cancel := context.WithCancel(t.Context())
-	cancel()
-	// The frame may still be on its way to the queue.
-	eventually(t, "the segment", func() bool {
-		sent, err := s.Forward(done)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return sent == 1
-	})
+	if sent, err := s.Forward(past(t)); sent != 1 || err != nil {
+		t.Fatalf("%d sent on; %v", sent, err)
+	}
 	var got []byte
 	for _, want := range []int{1000, 1000, 500} {
 		p := ipPayload(t, nextFrom(t, n.new, ipTCP), ipTCP)
@@ -217,9 +308,6 @@ func TestStrandedSegments(t *testing.T) {
 	}
 	if !bytes.Equal(got, data) {
 		t.Errorf("the data differ")
-	}
-	if err := s.Close(); err != nil {
-		t.Fatal(err)
 	}
 }
 
@@ -251,6 +339,7 @@ func TestStrandedLate(t *testing.T) {
 	n := newNetwork(t, 0)
 	n.guestAtSource(t)
 	s := n.strand(t)
+	s.Stopped(time.Now())
 	// The destination knows its guest, the switch does not yet.
 	n.destination.must(func() error { return Redirect(n.nic()) })
 	n.sw.must(func() error {
@@ -281,74 +370,83 @@ func TestStrandedLate(t *testing.T) {
 	if err := <-result; err != nil {
 		t.Error(err)
 	}
-	if err := s.Close(); err != nil {
-		t.Error(err)
-	}
 }
 
 func TestStrandedBounded(t *testing.T) {
+	frames := func(s *Stranded, from, to int) {
+		for i := from; i < to; i++ {
+			s.hold(heldFrame{at: time.Unix(int64(i), 0), b: []byte{byte(i)}})
+		}
+	}
+	s := &Stranded{limit: 5, more: make(chan struct{}, 1)}
+	frames(s, 0, 9) // the newest are held
+	if len(s.held) != 5 || s.held[0].b[0] != 4 || s.bytes != 5 {
+		t.Fatalf("%d bytes of %v", s.bytes, s.held)
+	}
+	s.Stopped(time.Unix(7, 0))
+	frames(s, 9, 20) // the first ones are kept
+	if len(s.held) != 5 || s.held[0].b[0] != 7 || s.held[4].b[0] != 11 || s.dropped != 8 {
+		t.Fatalf("%v, %d dropped", s.held, s.dropped)
+	}
+	if _, err := s.Forward(past(t)); !errors.Is(err, ErrTooMany) {
+		t.Errorf("Forward: %v", err)
+	}
+
+	s = &Stranded{limit: 10, more: make(chan struct{}, 1)}
+	big := heldFrame{at: time.Unix(1, 0), b: make([]byte, maxHeld/2)}
+	for range 3 {
+		s.hold(big)
+	}
+	if len(s.held) != 2 || s.bytes != maxHeld {
+		t.Errorf("%d frames of %d bytes held", len(s.held), s.bytes)
+	}
+	s.Stopped(big.at)
+	s.hold(big)
+	if len(s.held) != 2 || s.bytes != maxHeld || s.dropped != 1 {
+		t.Errorf("%d frames of %d bytes held, %d dropped", len(s.held), s.bytes, s.dropped)
+	}
+}
+
+// Without the time of the stop nothing may be sent on.
+func TestStrandedNotStopped(t *testing.T) {
 	n := newNetwork(t, 0)
 	n.guestAtSource(t)
 	s := n.strand(t)
-	defer s.Close()
-	s.limit = 5
-	frame := append(append(bytes.Clone(guestMAC), otherMAC...), make([]byte, 50)...)
-	for range 9 {
-		n.source.send("tap0", frame, false)
+	n.datagrams(0, 3)
+	awaitHeld(t, s, 3)
+	if sent, err := s.Forward(past(t)); sent != 0 || err == nil || !strings.Contains(err.Error(), "not known") {
+		t.Errorf("%d sent on; %v", sent, err)
 	}
-	sent, err := s.Forward(t.Context())
-	if sent != 5 || !errors.Is(err, ErrTooMany) {
-		t.Errorf("sent on %d, want 5; %v", sent, err)
-	}
+	awaitHeld(t, s, 3)
 }
 
 func TestOpenStrandedRefuses(t *testing.T) {
 	n := newNetwork(t, 0)
-	file, err := os.CreateTemp(t.TempDir(), "")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer file.Close()
-	dup := func(f *os.File) int {
-		raw, err := f.SyscallConn()
-		if err != nil {
-			t.Fatal(err)
-		}
-		fd := -1
-		if err := raw.Control(func(own uintptr) { fd, err = unix.FcntlInt(own, unix.F_DUPFD_CLOEXEC, 0) }); err != nil {
-			t.Fatal(err)
-		}
-		return fd
-	}
-	other := n.nic(guest4)
-	other.Tap = "tap9"
-	second := n.source.tap("tap1", 0)
-	lonely := n.nic(guest4)
+	n.source.tap("tap1", 0)
+	group, absent, lonely, elsewhere := n.nic(), n.nic(), n.nic(), n.nic()
+	group.MAC = []byte{1, 0, 0, 0, 0, 0}
+	absent.Tap = "tap9"
 	lonely.Tap = "tap1"
+	elsewhere.Bridge = "br9"
 	tests := []struct {
 		want string
 		nic  NIC
-		fds  []int
 	}{
-		{"no descriptor", n.nic(), nil},
-		{"descriptor -1", n.nic(), []int{-1}},
-		{"TUNGETIFF", n.nic(), []int{dup(file)}},
-		{"is of tap0", other, []int{dup(n.old)}},
-		{"not a port of br0", lonely, []int{dup(second)}},
+		{"group address", group},
+		{"find tap9", absent},
+		{"not a port of br0", lonely},
+		{"find bridge br9", elsewhere},
 	}
-	for _, tt := range tests {
+	open := func(nic NIC, want string) {
 		n.source.must(func() error {
-			s, err := OpenStranded(tt.nic, tt.fds...)
-			if s != nil || err == nil || !strings.Contains(err.Error(), tt.want) {
-				t.Errorf("%v, %v; want %q", s, err, tt.want)
-			}
-			for _, fd := range tt.fds {
-				if _, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0); !errors.Is(err, unix.EBADF) {
-					t.Errorf("%s: descriptor %d is still open", tt.want, fd)
-				}
+			if s, err := OpenStranded(nic); s != nil || err == nil || !strings.Contains(err.Error(), want) {
+				t.Errorf("%v, %v; want %q", s, err, want)
 			}
 			return nil
 		})
+	}
+	for _, tt := range tests {
+		open(tt.nic, tt.want)
 	}
 	// Without an uplink nothing can be sent on.
 	n.source.must(func() error {
@@ -356,39 +454,7 @@ func TestOpenStrandedRefuses(t *testing.T) {
 		if err != nil {
 			return err
 		}
-		if err := netlink.LinkSetNoMaster(l); err != nil {
-			return err
-		}
-		if _, err := OpenStranded(n.nic(), dup(n.old)); err == nil || !strings.Contains(err.Error(), "no uplink") {
-			t.Errorf("no uplink: %v", err)
-		}
-		return nil
+		return netlink.LinkSetNoMaster(l)
 	})
-}
-
-func TestTapFDs(t *testing.T) {
-	s := newSpace(t)
-	const name = "lmtest-tap"
-	f := s.tap(name, 0)
-	fds, err := TapFDs(os.Getpid(), name)
-	if err != nil {
-		t.Fatal(err)
-	}
-	raw, err := f.SyscallConn()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := raw.Control(func(fd uintptr) {
-		if len(fds) != 1 || fds[0] != int(fd) {
-			t.Errorf("descriptors %v, want %d", fds, fd)
-		}
-	}); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := TapFDs(os.Getpid(), "lmtest-none"); err == nil {
-		t.Error("a tap that is not there: no error")
-	}
-	if _, err := TapFDs(1<<30, name); !errors.Is(err, fs.ErrNotExist) {
-		t.Errorf("no process: %v", err)
-	}
+	open(n.nic(), "no uplink")
 }

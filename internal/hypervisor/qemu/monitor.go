@@ -47,6 +47,11 @@ func (e event) text(key string) string {
 	return s
 }
 
+// sent is when QEMU says it made the event, by CLOCK_REALTIME, in microseconds.
+func (e event) sent() time.Time {
+	return time.Unix(e.Timestamp.Seconds, e.Timestamp.Microseconds*int64(time.Microsecond))
+}
+
 // commandError is QEMU's refusal of a command.
 type commandError struct {
 	Command string

@@ -7,8 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"slices"
-
-	"golang.org/x/sys/unix"
+	"time"
 
 	"github.com/lmctl/lmctl/migrate/announce"
 )
@@ -122,22 +121,61 @@ func (v *vm) announce(ctx context.Context) (int, error) {
 	return n, nil
 }
 
-// Forward sends the frames on that waited here for the stopped guest, and
-// those that still come until ctx is done.
+// catch begins to keep what comes for the guest's cards. A card on which that
+// fails loses what comes during the pause, as a link would that was pulled for
+// as long; the migration goes on.
+func (g *Guest) catch() {
+	for i := range g.v.def.NICs {
+		nic, err := g.v.card(i)
+		var s *announce.Stranded
+		if err == nil {
+			s, err = announce.OpenStranded(nic)
+		}
+		if err != nil {
+			g.v.d.log.Warn("what comes for the guest while it stands still will be lost", "guest", g.Name(), "card", i, "error", err)
+			continue
+		}
+		g.stranded = append(g.stranded, s)
+	}
+}
+
+// caught says from when on the guest has received nothing.
+func (g *Guest) caught(stopped time.Time) {
+	for _, s := range g.stranded {
+		s.Stopped(stopped)
+	}
+}
+
+// uncatch ends what catch began.
+func (g *Guest) uncatch() error {
+	var errs []error
+	for _, s := range g.stranded {
+		errs = append(errs, s.Close())
+	}
+	g.stranded = nil
+	return errors.Join(errs...)
+}
+
+// Forward sends the frames on that came here for the stopped guest, and those
+// that still come until ctx is done. There are none to send if this Guest was
+// not the one that suspended it.
 func (g *Guest) Forward(ctx context.Context) (int, error) {
 	type outcome struct {
 		frames int
 		err    error
 	}
 	results := make(chan outcome)
-	for i := range g.v.def.NICs {
+	for _, s := range g.stranded {
 		go func() {
-			n, err := g.forwardCard(ctx, i)
+			n, err := s.Forward(ctx)
+			if d := s.Dropped(); err == nil && d > 0 {
+				err = fmt.Errorf("%d frames could not be sent", d)
+			}
 			results <- outcome{n, err}
 		}()
 	}
 	frames, errs := 0, []error(nil)
-	for range g.v.def.NICs {
+	for range g.stranded {
 		r := <-results
 		frames += r.frames
 		errs = append(errs, r.err)
@@ -146,33 +184,4 @@ func (g *Guest) Forward(ctx context.Context) (int, error) {
 		return frames, fmt.Errorf("forward what came for guest %s: %w", g.Name(), err)
 	}
 	return frames, nil
-}
-
-func (g *Guest) forwardCard(ctx context.Context, i int) (_ int, err error) {
-	nic, err := g.v.card(i)
-	if err != nil {
-		return 0, err
-	}
-	theirs, err := announce.TapFDs(g.inst.proc.id.PID, nic.Tap)
-	if err != nil {
-		return 0, err
-	}
-	var ours []int
-	for _, fd := range theirs {
-		dup, err := unix.PidfdGetfd(g.pidfd, fd, 0)
-		if err != nil {
-			errs := []error{fmt.Errorf("duplicate descriptor %d of QEMU: %w", fd, err)}
-			for _, fd := range ours {
-				errs = append(errs, unix.Close(fd))
-			}
-			return 0, errors.Join(errs...)
-		}
-		ours = append(ours, dup)
-	}
-	stranded, err := announce.OpenStranded(nic, ours...)
-	if err != nil {
-		return 0, err
-	}
-	defer func() { err = errors.Join(err, stranded.Close()) }()
-	return stranded.Forward(ctx)
 }

@@ -35,6 +35,9 @@ func (g *Guest) resume(ctx context.Context) error {
 	if err := g.revive(ctx); err != nil {
 		return err
 	}
+	if err := g.uncatch(); err != nil {
+		return err
+	}
 	if g.stream != nil {
 		if err := g.stream.close(); err != nil {
 			return err

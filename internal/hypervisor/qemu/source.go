@@ -11,6 +11,7 @@ import (
 
 	"github.com/lmctl/lmctl/internal/sys"
 	"github.com/lmctl/lmctl/migrate"
+	"github.com/lmctl/lmctl/migrate/announce"
 )
 
 // Guest is a guest of this host as the source of a migration. It holds the
@@ -23,7 +24,8 @@ type Guest struct {
 	done  func()
 	once  sync.Once
 
-	stream *stateStream // from Suspend on
+	stream   *stateStream         // from Suspend on
+	stranded []*announce.Stranded // from Suspend to Resume or Close
 }
 
 var _ migrate.Guest = (*Guest)(nil)
@@ -74,7 +76,7 @@ func (g *Guest) Close() error {
 		if g.stream != nil {
 			err = g.stream.close()
 		}
-		err = errors.Join(err, g.file.Close(), unix.Close(g.pidfd))
+		err = errors.Join(err, g.uncatch(), g.file.Close(), unix.Close(g.pidfd))
 		g.done()
 	})
 	return err
