@@ -90,8 +90,8 @@ func (m *offerMsg) check(id uuid.UUID, peer, host string) error {
 		return violation("guest name of %d bytes", len(h.Guest))
 	case h.Epoch == 0:
 		return violation("epoch 0")
-	case m.Streams < 1 || m.Streams > maxStreams:
-		return violation("%d streams, 1 to %d are allowed", m.Streams, maxStreams)
+	case m.Streams < 1 || m.Streams > MaxStreams:
+		return violation("%d streams, 1 to %d are allowed", m.Streams, MaxStreams)
 	case len(m.Blocks) < 1 || len(m.Blocks) > maxBlocks:
 		return violation("%d memory blocks, 1 to %d are allowed", len(m.Blocks), maxBlocks)
 	}

@@ -33,8 +33,8 @@ type Report struct {
 	Destination      string           `json:"destination"`
 	Mode             string           `json:"mode"`
 	Result           Result           `json:"result"`
-	Error            string           `json:"error,omitempty"`
-	SwitchoverReason SwitchoverReason `json:"switchover_reason,omitempty"`
+	Error            string           `json:"error"` // why not completed, else empty
+	SwitchoverReason SwitchoverReason `json:"switchover_reason"`
 	Passes           []Pass           `json:"passes"`
 	// Downtime runs from the guest's stop at the source to the source's
 	// learning that it runs at the destination: an upper bound, by one clock.

@@ -92,7 +92,7 @@ func newSource(s *Sender, job Job) *source {
 	if m.opts.Streams <= 0 {
 		m.opts.Streams = DefaultStreams
 	}
-	m.opts.Streams = min(m.opts.Streams, maxStreams)
+	m.opts.Streams = min(m.opts.Streams, MaxStreams)
 	m.h = Handover{
 		ID: job.ID, Guest: job.Guest.Name(), UUID: job.Guest.UUID(),
 		Source: s.Host, Destination: job.Destination, Epoch: job.Epoch + 1,

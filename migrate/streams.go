@@ -33,9 +33,7 @@ const writeBuffer = 128 << 10
 func openStreams(ctx context.Context, dial func(context.Context) (net.Conn, error), p preamble, n int, mem blocks, bandwidth int64) (*streams, error) {
 	s := &streams{mem: mem}
 	if bandwidth > 0 {
-		// A quarter of a second's worth keeps a small limit smooth, and a run
-		// of pages has to fit.
-		s.limit = rate.NewLimiter(rate.Limit(bandwidth), max(int(bandwidth/4), 2*maxRunPages*PageSize))
+		s.limit = newLimiter(bandwidth)
 	}
 	for i := range n {
 		conn, err := dial(ctx)
@@ -81,17 +79,17 @@ func (s *streams) send(ctx context.Context, pass int, maps []*dirtymap.Bitmap, l
 		var b batch
 		for q.take(&b) {
 			for _, task := range b.tasks[:b.n] {
-				if live && s.limit != nil {
-					begin := time.Now()
-					if err := s.limit.WaitN(ctx, task.pages*PageSize); err != nil {
-						return err
-					}
-					t.limited += time.Since(begin)
-				}
+				before := t.bytes
 				if err := s.sendRun(w, pass, task, t); err != nil {
 					return err
 				}
 				s.copied.Add(int64(task.pages))
+				if live && s.limit != nil {
+					waited, err := pay(ctx, s.limit, t.bytes-before)
+					if t.limited += waited; err != nil {
+						return err
+					}
+				}
 			}
 			if err := ctx.Err(); err != nil {
 				return err

@@ -12,6 +12,9 @@ import (
 // ALPN is the TLS application protocol of the connections in PROTOCOL.md.
 const ALPN = "lmctl-migrate/1"
 
+// MaxStreams is how many data connections a migration may have.
+const MaxStreams = 16
+
 const (
 	preambleSize   = 24
 	controlHdrSize = 8
@@ -19,7 +22,6 @@ const (
 
 	maxControlBody = 1 << 20
 	maxStateChunk  = 256 << 10
-	maxStreams     = 16
 	maxBlocks      = 64
 	maxRunPages    = 512   // pages in one frame
 	maxHashes      = 32768 // hashes in one frame
@@ -76,7 +78,7 @@ func parsePreamble(b []byte) (preamble, error) {
 	switch {
 	case p.role > roleData:
 		return preamble{}, violation("role %d", p.role)
-	case p.role == roleControl && p.index != 0, p.index >= maxStreams:
+	case p.role == roleControl && p.index != 0, p.index >= MaxStreams:
 		return preamble{}, violation("stream index %d", p.index)
 	case p.id == uuid.Nil:
 		return preamble{}, violation("empty migration id")

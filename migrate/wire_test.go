@@ -26,7 +26,7 @@ func TestPreamble(t *testing.T) {
 		"magic":           func(b []byte) []byte { b[0] = 'X'; return b },
 		"version":         func(b []byte) []byte { b[4] = 2; return b },
 		"role":            func(b []byte) []byte { b[5] = 2; return b },
-		"index":           func(b []byte) []byte { b[7] = maxStreams; return b },
+		"index":           func(b []byte) []byte { b[7] = MaxStreams; return b },
 		"control's index": func(b []byte) []byte { b[5] = 0; return b },
 		"empty id":        func(b []byte) []byte { clear(b[8:]); return b },
 	} {
@@ -113,7 +113,7 @@ func TestOfferCheck(t *testing.T) {
 		"uuid":              func(m *offerMsg) { m.Handover.UUID = "../../etc" },
 		"epoch":             func(m *offerMsg) { m.Handover.Epoch = 0 },
 		"no streams":        func(m *offerMsg) { m.Streams = 0 },
-		"many streams":      func(m *offerMsg) { m.Streams = maxStreams + 1 },
+		"many streams":      func(m *offerMsg) { m.Streams = MaxStreams + 1 },
 		"no memory":         func(m *offerMsg) { m.Blocks = nil },
 		"many blocks":       func(m *offerMsg) { m.Blocks = make([]BlockInfo, maxBlocks+1) },
 		"odd size":          func(m *offerMsg) { m.Blocks[0].Size = 5000 },

@@ -126,7 +126,8 @@ func TestUsageErrors(t *testing.T) {
 		{"frobnicate"}, {"migrate"}, {"migrate", "web"}, {"migrate", "web", "host2", "extra"},
 		{"migrate", "web", "host2", "--max-passes", "many"}, {"migrate", "web", "host2", "--bandwidth", "fast"},
 		{"guest", "frobnicate"}, {"guest", "start"}, {"--no-such-flag"}, {"pki", "issue"},
-		{"guest", "list", "--agent", "nowhere"},
+		{"guest", "list", "--agent", "nowhere"}, {"migrate", "web", "host2", "--streams", "17"},
+		{"migrate", "web", "host2", "--max-passes", "0"}, {"migrate", "web", "host2", "--timeout", "-1s"},
 	} {
 		code, out, errOut := lmctl(t, args...)
 		if code != exitUsage || !strings.HasPrefix(errOut, "lmctl: ") || strings.Count(errOut, "\n") != 1 || out != "" {
@@ -164,8 +165,14 @@ func TestMigrateRefusedAtOnce(t *testing.T) {
 		t.Errorf("code %d, out %q, err %q", code, out, errOut)
 	}
 	code, out, _ = lmctl(t, "migrate", "web", "host9", "--agent", socket, "--json")
+	var r migrate.Report
+	if err := json.Unmarshal([]byte(out), &r); err != nil || code != exitRefused || r.Result != migrate.Refused || r.Guest != "web" || r.Error != "no such host" {
+		t.Errorf("code %d, out %q, %v", code, out, err)
+	}
+	f.startErr = &api.Error{Code: codes.NotFound, Operation: "find guest", Object: "web", Cause: "there is none"}
+	code, out, _ = lmctl(t, "migrate", "web", "host9", "--agent", socket, "--json")
 	var obj struct{ Error errorObject }
-	if err := json.Unmarshal([]byte(out), &obj); err != nil || code != exitRefused || obj.Error.ExitCode != exitRefused || obj.Error.Object != "web" || len(obj.Error.Reasons) != 1 {
+	if err := json.Unmarshal([]byte(out), &obj); err != nil || code != exitOther || obj.Error.ExitCode != exitOther || obj.Error.Object != "web" {
 		t.Errorf("code %d, out %q, %v", code, out, err)
 	}
 }

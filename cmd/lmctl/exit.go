@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"strings"
 
+	"google.golang.org/grpc/codes"
+
 	"github.com/lmctl/lmctl/internal/api"
 	"github.com/lmctl/lmctl/migrate"
 )
@@ -52,6 +54,8 @@ func exitCode(err error) int {
 		return exitUsage
 	case errors.As(err, &migration):
 		return resultCode(migration.result)
+	case errors.As(err, &remote) && remote.Code == codes.InvalidArgument && remote.Result == "":
+		return exitUsage
 	case errors.As(err, &remote):
 		return resultCode(migrate.Result(remote.Result))
 	}
@@ -80,11 +84,20 @@ type errorObject struct {
 	ExitCode  int      `json:"exit_code"`
 }
 
+// oneLine makes a text of several lines one, each of its causes still apart.
+func oneLine(s string) string {
+	lines := strings.FieldsFunc(s, func(r rune) bool { return r == '\n' || r == '\r' })
+	for i, l := range lines {
+		lines[i] = strings.Join(strings.Fields(l), " ")
+	}
+	return strings.Join(lines, "; ")
+}
+
 // printError says what went wrong: in one line, or as an object on standard
 // output, where the result would have been.
 func printError(o *options, err error, code int) {
 	if !o.json {
-		fmt.Fprintf(o.err, "lmctl: %s\n", strings.Join(strings.Fields(err.Error()), " "))
+		fmt.Fprintf(o.err, "lmctl: %s\n", oneLine(err.Error()))
 		return
 	}
 	obj := errorObject{Cause: err.Error(), ExitCode: code}

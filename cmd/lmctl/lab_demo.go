@@ -166,7 +166,7 @@ func (d *demo) moveOnce(ctx context.Context, c *api.Client, to string) (migrate.
 	if d.json {
 		quiet.out = io.Discard // one object on standard output, at the end
 	}
-	if err := quiet.follow(ctx, c, m.Id, true); err != nil {
+	if err := quiet.follow(ctx, c, m.Id, nil); err != nil {
 		return report, err
 	}
 	if m, err = c.Migrations.Show(ctx, &lmctlv1.MigrationRequest{Id: m.Id}); err != nil {

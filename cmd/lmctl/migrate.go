@@ -43,6 +43,9 @@ func newMigrateCommand(o *options) *cobra.Command {
 		Example: "  lmctl migrate web host2\n  lmctl migrate web host2 --verify --json\n  lmctl migrate web host2 --bandwidth 100MiB/s --detach",
 		Args:    takes("GUEST", "HOST"),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := f.check(); err != nil {
+				return err
+			}
 			req := &lmctlv1.StartMigrationRequest{Guest: args[0], Destination: args[1], Options: f.options(cmd)}
 			return o.withAgent(func(c *api.Client) error { return o.migrate(cmd.Context(), c, req, f.detach) })
 		},
@@ -75,16 +78,35 @@ func (f *migrateFlags) options(cmd *cobra.Command) *lmctlv1.MigrationOptions {
 	if given("streams") {
 		m.Streams = &f.streams
 	}
-	if f.timeout > 0 {
+	if given("timeout") {
 		m.Timeout = durationpb.New(f.timeout)
 	}
 	return m
 }
 
+// check refuses values that no agent takes.
+func (f *migrateFlags) check() error {
+	switch {
+	case f.maxPasses < 1:
+		return usagef("--max-passes %d: at least 1", f.maxPasses)
+	case f.target <= 0:
+		return usagef("--downtime-target %v: must be longer than nothing, like 30ms", f.target)
+	case f.streams < 1 || f.streams > migrate.MaxStreams:
+		return usagef("--streams %d: 1 to %d", f.streams, migrate.MaxStreams)
+	case f.timeout < 0:
+		return usagef("--timeout %v: 0 for never, or a time like 5m", f.timeout)
+	}
+	return nil
+}
+
 func (o *options) migrate(ctx context.Context, c *api.Client, req *lmctlv1.StartMigrationRequest, detach bool) error {
+	// From before the start, so that no Ctrl-C leaves a migration unattended.
+	signals := make(chan os.Signal, 2)
+	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM)
+	defer signal.Stop(signals)
 	m, err := c.Migrations.Start(ctx, req)
 	if err != nil {
-		return err
+		return o.refused(req, err)
 	}
 	if detach {
 		if o.json {
@@ -93,15 +115,29 @@ func (o *options) migrate(ctx context.Context, c *api.Client, req *lmctlv1.Start
 		_, err := fmt.Fprintf(o.out, "%s\n", m.Id)
 		return err
 	}
-	return o.follow(ctx, c, m.Id, true)
+	return o.follow(ctx, c, m.Id, signals)
 }
 
-// follow shows a migration to its end. With cancel, Ctrl-C cancels it.
-func (o *options) follow(ctx context.Context, c *api.Client, id string, cancel bool) error {
+// refused prints a refusal that came before there was a migration as the
+// account of one, so that --json always gives the same object.
+func (o *options) refused(req *lmctlv1.StartMigrationRequest, err error) error {
+	var remote *api.Error
+	if !o.json || !errors.As(err, &remote) || remote.Result != string(migrate.Refused) {
+		return err
+	}
+	r := migrate.Report{Guest: req.Guest, Destination: req.Destination, Mode: "direct", Result: migrate.Refused, Error: remote.Cause, Passes: []migrate.Pass{}}
+	if err := printJSON(o.out, &r); err != nil {
+		return err
+	}
+	return &silentError{exitRefused}
+}
+
+// follow shows a migration to its end. With signals, the first one cancels it.
+func (o *options) follow(ctx context.Context, c *api.Client, id string, signals <-chan os.Signal) error {
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
-	if cancel {
-		defer o.cancelOnInterrupt(ctx, c, id, stop)()
+	if signals != nil {
+		defer o.cancelOnInterrupt(ctx, c, id, signals, stop)()
 	}
 	stream, err := c.Migrations.Watch(ctx, &lmctlv1.MigrationRequest{Id: id})
 	if err != nil {
@@ -115,7 +151,7 @@ func (o *options) follow(ctx context.Context, c *api.Client, id string, cancel b
 			if errors.Is(err, context.Canceled) {
 				return fmt.Errorf("left while migration %s is being cancelled; see lmctl migration show %s", id, id)
 			}
-			return fmt.Errorf("lost sight of migration %s, which goes on: %w", id, err)
+			return fmt.Errorf("lost sight of migration %s: %w; lmctl migration show %s and lmctl guest list, on both hosts, tell what became of it", id, err, id)
 		}
 		show.update(m)
 		if m.Finished {
@@ -127,9 +163,7 @@ func (o *options) follow(ctx context.Context, c *api.Client, id string, cancel b
 
 // cancelOnInterrupt cancels the migration at the first Ctrl-C and leaves at the
 // second. The returned function ends that.
-func (o *options) cancelOnInterrupt(ctx context.Context, c *api.Client, id string, leave func()) func() {
-	signals := make(chan os.Signal, 2)
-	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM)
+func (o *options) cancelOnInterrupt(ctx context.Context, c *api.Client, id string, signals <-chan os.Signal, leave func()) func() {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
@@ -149,7 +183,7 @@ func (o *options) cancelOnInterrupt(ctx context.Context, c *api.Client, id strin
 			}
 		}
 	}()
-	return func() { signal.Stop(signals); leave(); <-done }
+	return func() { leave(); <-done }
 }
 
 // finish prints the account of a finished migration and returns how it ended.

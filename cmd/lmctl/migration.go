@@ -150,7 +150,7 @@ func newMigrationWatchCommand(o *options) *cobra.Command {
 	return &cobra.Command{
 		Use: "watch ID", Short: "Watch a migration to its end, as lmctl migrate does", Args: takes("ID"),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return o.withAgent(func(c *api.Client) error { return o.follow(cmd.Context(), c, args[0], false) })
+			return o.withAgent(func(c *api.Client) error { return o.follow(cmd.Context(), c, args[0], nil) })
 		},
 	}
 }

@@ -31,11 +31,11 @@ func (e *Error) Error() string {
 	if e.Object != "" {
 		b.WriteString(" " + e.Object)
 	}
-	if b.Len() > 0 {
-		b.WriteString(": ")
+	// A cause from the place itself may begin with what was done there.
+	if b.Len() == 0 || strings.HasPrefix(e.Cause, b.String()+": ") || e.Object == "" && strings.HasPrefix(e.Cause, e.Operation+" ") {
+		return e.Cause
 	}
-	b.WriteString(e.Cause)
-	return b.String()
+	return b.String() + ": " + e.Cause
 }
 
 func (e *Error) Unwrap() error { return e.Err }
@@ -76,6 +76,9 @@ func FromStatus(err error) error {
 	switch s.Code() {
 	case codes.Unavailable:
 		e.Operation, e.Cause = "reach the agent", strings.TrimPrefix(e.Cause, "connection error: desc = ")
+		if strings.Contains(e.Cause, "dial unix") {
+			e.Cause += "; does an agent run on this host (lmctl agent), and are you root?"
+		}
 	case codes.Canceled:
 		e.Err = errors.Join(err, context.Canceled)
 	case codes.DeadlineExceeded:
