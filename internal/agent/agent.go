@@ -185,7 +185,7 @@ func (a *Agent) Run(ctx, hurry context.Context) error {
 	a.notifyStopping()
 	a.stop(hurry, port)
 	a.cancel()
-	server.Stop()
+	stopServer(server)
 	err = errors.Join(err, closePort(port), <-failed, metrics.Close(), watchdog.Close())
 	a.log.Info("agent has stopped")
 	return err
@@ -208,6 +208,34 @@ func (a *Agent) stop(hurry context.Context, port *mux) {
 		a.moves.wait(context.WithoutCancel(hurry))
 	}
 	a.inbound.wait(wait)
+}
+
+// lastWords is how long calls under way may take to end when the agent stops.
+const lastWords = 3 * time.Second
+
+// stopServer ends the API. Those who watched a migration hear how it ended.
+func stopServer(server *grpc.Server) {
+	ended := make(chan struct{})
+	go func() {
+		server.GracefulStop()
+		close(ended)
+	}()
+	timer := time.NewTimer(lastWords)
+	defer timer.Stop()
+	select {
+	case <-ended:
+	case <-timer.C:
+		server.Stop()
+		<-ended
+	}
+}
+
+// untilStop is a call's context that ends with the agent's life too, for calls
+// that would not end by themselves.
+func (a *Agent) untilStop(call context.Context) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancel(call)
+	over := context.AfterFunc(a.life, cancel)
+	return ctx, func() { over(); cancel() }
 }
 
 func closePort(port *mux) error {

@@ -244,9 +244,10 @@ func TestMigrationRefusals(t *testing.T) {
 	}
 	_, err := move("ghost", "beta", nil)
 	codeIs(t, err, codes.NotFound)
-	zero := int32(0)
-	_, err = move("g", "beta", &lmctlv1.MigrationOptions{Streams: &zero})
-	codeIs(t, err, codes.InvalidArgument)
+	for _, n := range []int32{0, migrate.MaxStreams + 1} {
+		_, err = move("g", "beta", &lmctlv1.MigrationOptions{Streams: &n})
+		codeIs(t, err, codes.InvalidArgument)
+	}
 
 	m, err := move("g", "beta", nil)
 	if err != nil {

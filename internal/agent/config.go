@@ -17,6 +17,7 @@ import (
 	"github.com/goccy/go-yaml"
 
 	"github.com/lmctl/lmctl/internal/pki"
+	"github.com/lmctl/lmctl/migrate"
 )
 
 // DefaultConfigPath is where the configuration is unless told otherwise.
@@ -229,6 +230,9 @@ func (c Config) checkNumbers(bad func(key, format string, args ...any)) {
 		if n < 1 {
 			bad(key, "%d must be at least 1", n)
 		}
+	}
+	if c.Migration.Streams > migrate.MaxStreams {
+		bad("migration.streams", "%d must be at most %d", c.Migration.Streams, migrate.MaxStreams)
 	}
 	if c.Migration.History < 0 {
 		bad("migration.history", "%d must not be negative", c.Migration.History)

@@ -77,6 +77,7 @@ func TestConfigErrors(t *testing.T) {
 		{"name: x\npeer_timeout: 0s", "peer_timeout: 0s must be more than nothing"},
 		{"name: x\nmigration: {bandwidth: fast}", "is no size"},
 		{"name: x\nmigration: {streams: 0}", "migration.streams: 0 must be at least 1"},
+		{"name: x\nmigration: {streams: 17}", "migration.streams: 17 must be at most 16"},
 	} {
 		_, err := ParseConfig([]byte(tc.text))
 		if err == nil || !strings.Contains(err.Error(), tc.want) {

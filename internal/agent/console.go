@@ -35,12 +35,14 @@ func (s *guestService) Console(stream grpc.BidiStreamingServer[lmctlv1.ConsoleIn
 	if err != nil {
 		return refuse(err.Error())
 	}
-	return carry(stream, conn, first.GetData())
+	ctx, cancel := s.a.untilStop(stream.Context())
+	defer cancel()
+	return carry(ctx, stream, conn, first.GetData())
 }
 
-// carry moves bytes between a console and a stream until either ends.
-func carry(stream grpc.BidiStreamingServer[lmctlv1.ConsoleInput, lmctlv1.ConsoleOutput], conn net.Conn, first []byte) error {
-	group, ctx := errgroup.WithContext(stream.Context())
+// carry moves bytes between a console and a stream until either or the call ends.
+func carry(call context.Context, stream grpc.BidiStreamingServer[lmctlv1.ConsoleInput, lmctlv1.ConsoleOutput], conn net.Conn, first []byte) error {
+	group, ctx := errgroup.WithContext(call)
 	over := context.AfterFunc(ctx, func() { closeQuietly(conn) })
 	defer over()
 	// A reader of the stream cannot be woken but by the end of the call: it is
@@ -86,7 +88,7 @@ func carry(stream grpc.BidiStreamingServer[lmctlv1.ConsoleInput, lmctlv1.Console
 			return nil
 		}
 	})
-	if err := group.Wait(); err != nil && !errors.Is(err, io.EOF) && stream.Context().Err() == nil {
+	if err := group.Wait(); err != nil && !errors.Is(err, io.EOF) && call.Err() == nil {
 		return err
 	}
 	return nil

@@ -178,7 +178,9 @@ func (s *guestService) show(name string) (*lmctlv1.Guest, error) {
 
 // Watch implements lmctlv1.GuestsServer.
 func (s *guestService) Watch(in *lmctlv1.WatchGuestsRequest, stream grpc.ServerStreamingServer[lmctlv1.GuestEvent]) error {
-	for info := range s.a.driver.Watch(stream.Context()) {
+	ctx, cancel := s.a.untilStop(stream.Context())
+	defer cancel()
+	for info := range s.a.driver.Watch(ctx) {
 		if in.GetName() != "" && info.Name != in.GetName() {
 			continue
 		}
@@ -190,7 +192,10 @@ func (s *guestService) Watch(in *lmctlv1.WatchGuestsRequest, stream grpc.ServerS
 			return err
 		}
 	}
-	return stream.Context().Err()
+	if err := stream.Context().Err(); err != nil {
+		return err
+	}
+	return &api.Error{Code: codes.Unavailable, Operation: "watch guests", Object: in.GetName(), Cause: "the agent is stopping"}
 }
 
 // Claim implements lmctlv1.GuestsServer.

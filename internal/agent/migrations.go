@@ -58,8 +58,8 @@ func (s *migrationService) options(in *lmctlv1.MigrationOptions) (migrate.Option
 	switch {
 	case o.MaxPasses < 1:
 		return o, fmt.Errorf("max passes %d: must be at least 1", o.MaxPasses)
-	case o.Streams < 1 || o.Streams > 64:
-		return o, fmt.Errorf("streams %d: must be 1 to 64", o.Streams)
+	case o.Streams < 1 || o.Streams > migrate.MaxStreams:
+		return o, fmt.Errorf("streams %d: must be 1 to %d", o.Streams, migrate.MaxStreams)
 	case o.Bandwidth < 0:
 		return o, fmt.Errorf("bandwidth %d: must not be negative", o.Bandwidth)
 	case o.DowntimeTarget <= 0:
@@ -98,6 +98,7 @@ func (s *migrationService) Watch(in *lmctlv1.MigrationRequest, stream grpc.Serve
 		}
 		select {
 		case <-pause.C:
+		case <-mv.over: // the end is told at once
 		case <-stream.Context().Done():
 			return stream.Context().Err()
 		}

@@ -41,6 +41,7 @@ type move struct {
 	id, guest, destination string
 	started                time.Time
 	cancel                 context.CancelCauseFunc
+	over                   chan struct{} // closed at the end
 
 	// Guarded by the moves' mu.
 	progress migrate.Progress
@@ -160,7 +161,7 @@ func (m *moves) register(guest, destination string, cancel context.CancelCauseFu
 		return nil, refusedError(guest, "%d migrations are under way, as many as limits.migrations allows", active)
 	}
 	mv := &move{id: uuid.NewString(), guest: guest, destination: destination, started: time.Now(),
-		changed: make(chan struct{}), progress: migrate.Progress{State: migrate.SourcePreparing}, cancel: cancel}
+		changed: make(chan struct{}), over: make(chan struct{}), progress: migrate.Progress{State: migrate.SourcePreparing}, cancel: cancel}
 	m.all = append(m.all, mv)
 	m.wg.Add(1)
 	return mv, nil
@@ -222,6 +223,7 @@ func (m *moves) finish(mv *move, report *migrate.Report) {
 	m.mu.Lock()
 	mv.ended, mv.report = ended, report
 	mv.change()
+	close(mv.over)
 	stale := m.trim()
 	m.mu.Unlock()
 	for _, id := range stale {

@@ -76,3 +76,57 @@ func TestStop(t *testing.T) {
 		})
 	}
 }
+
+// TestStopTellsHowItEnded: whoever watches a migration when the agent stops
+// hears how it ended; whoever watches guests does not hold the stop up.
+func TestStopTellsHowItEnded(t *testing.T) {
+	s := newSite(t, "alpha", "beta")
+	cfg := s.config("alpha")
+	cfg.StopTimeout = 0
+	d := newFake()
+	d.held = make(chan struct{})
+	a := s.agent(cfg, d)
+	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
+	done := make(chan error, 1)
+	var c *api.Client
+	go func() { done <- a.Run(ctx, t.Context()) }()
+	until(t, "the agent answers", func() bool {
+		c = s.client(api.Target{Socket: cfg.Socket})
+		_, err := c.Guests.List(t.Context(), &lmctlv1.ListGuestsRequest{})
+		return err == nil
+	})
+	if _, err := c.Guests.Define(t.Context(), &lmctlv1.DefineRequest{Definition: []byte(definition)}); err != nil {
+		t.Fatal(err)
+	}
+	m, err := c.Migrations.Start(t.Context(), &lmctlv1.StartMigrationRequest{Guest: "g", Destination: "beta"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	watch, err := c.Migrations.Watch(t.Context(), &lmctlv1.MigrationRequest{Id: m.GetId()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	guests, err := c.Guests.Watch(t.Context(), &lmctlv1.WatchGuestsRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := watch.Recv(); err != nil {
+		t.Fatal(err)
+	}
+	<-d.held
+	stop()
+	for !m.GetFinished() {
+		if m, err = watch.Recv(); err != nil {
+			t.Fatalf("the end was not told: %v", err)
+		}
+	}
+	if m.GetResult() != string(migrate.Cancelled) {
+		t.Errorf("result %s: %s", m.GetResult(), m.GetError())
+	}
+	_, err = guests.Recv()
+	codeIs(t, err, codes.Unavailable)
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+}
