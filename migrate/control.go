@@ -103,9 +103,16 @@ func (c *control) send(t controlType, m any) error {
 
 // recv returns the next frame that is not a ping. The body is valid until the
 // next call. It fails when the peer has been silent for the peer timeout.
-func (c *control) recv() (controlType, []byte, error) {
+func (c *control) recv() (controlType, []byte, error) { return c.recvBefore(time.Time{}) }
+
+// recvBefore is recv with a deadline that pings do not put off; zero is none.
+func (c *control) recvBefore(deadline time.Time) (controlType, []byte, error) {
 	for {
-		if err := c.conn.SetReadDeadline(time.Now().Add(c.timeout)); err != nil {
+		next := time.Now().Add(c.timeout)
+		if !deadline.IsZero() && deadline.Before(next) {
+			next = deadline
+		}
+		if err := c.conn.SetReadDeadline(next); err != nil {
 			return 0, nil, err
 		}
 		var hdr [controlHdrSize]byte

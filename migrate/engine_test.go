@@ -78,13 +78,7 @@ func TestProgressNeverRunsBackwards(t *testing.T) {
 	r := newFakeRun(t)
 	var seen []Progress
 	r.tune = func(_ *Sender, j *Job, _ *Receiver) {
-		// Observe is called from two goroutines, never at the same time as itself
-		// is not promised: the ledger's lock orders them here.
-		j.Observe = func(p Progress) {
-			r.ledger.mu.Lock()
-			defer r.ledger.mu.Unlock()
-			seen = append(seen, p)
-		}
+		j.Observe = func(p Progress) { seen = append(seen, p) } // the engine keeps its calls apart
 	}
 	if _, err := r.migrate(context.Background()); err != nil {
 		t.Fatal(err)
@@ -93,8 +87,10 @@ func TestProgressNeverRunsBackwards(t *testing.T) {
 		t.Fatalf("%d snapshots, the last %+v", len(seen), seen[len(seen)-1])
 	}
 	for i := 1; i < len(seen); i++ {
-		if seen[i].BytesSent < seen[i-1].BytesSent || len(seen[i].Passes) < len(seen[i-1].Passes) {
-			t.Errorf("%+v after %+v", seen[i], seen[i-1])
+		a, b := seen[i-1], seen[i]
+		if b.BytesSent < a.BytesSent || len(b.Passes) < len(a.Passes) || b.Pass < a.Pass ||
+			b.Pass == a.Pass && (b.CopiedPages < a.CopiedPages || b.PassPages != a.PassPages) || b.CopiedPages > b.PassPages {
+			t.Errorf("%+v after %+v", b, a)
 		}
 	}
 }
@@ -233,6 +229,33 @@ func finishOrWithdraw(t *testing.T, r *fakeRun, in Incoming, handedOver bool) {
 	}
 	if r.host.shell.resumed || !r.host.shell.destroyed || !r.ledger.has("withdraw") {
 		t.Error("the shell was not withdrawn")
+	}
+}
+
+// TestStartFailsAtTheDestination starts the vCPUs with an error that does not
+// say that none ran: the guest is the destination's, and the account says so.
+func TestStartFailsAtTheDestination(t *testing.T) {
+	r := newFakeRun(t)
+	r.host.shell.resumeErr = errors.New("no answer to cont")
+	report, err := r.migrate(context.Background())
+	if err != nil || report.Result != Completed || !strings.Contains(report.Error, "no answer to cont") || report.Downtime != 0 {
+		t.Fatalf("%v, report %+v", err, report)
+	}
+	if !r.guest.released || r.guest.running || !r.ledger.has("own") || !r.ledger.has("forget") {
+		t.Errorf("source released %v, running %v, ledger %q", r.guest.released, r.guest.running, r.ledger.calls)
+	}
+}
+
+// TestTooMuchIsLeft does not stop a guest whose rest would keep it stopped for
+// longer than any switchover may take.
+func TestTooMuchIsLeft(t *testing.T) {
+	m := &source{left: PassOutcome{DirtyAfter: 1 << 20, Speed: 30_000}}
+	if err := m.fits(); err == nil || !strings.Contains(err.Error(), "4096 MiB") {
+		t.Errorf("got %v", err)
+	}
+	m.left.DirtyAfter = 100_000
+	if err := m.fits(); err != nil {
+		t.Error(err)
 	}
 }
 

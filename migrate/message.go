@@ -41,6 +41,7 @@ type (
 	}
 	runningMsg struct {
 		Resume time.Duration `json:"resume_ns"`
+		Error  string        `json:"error,omitempty"` // the vCPUs may run or not: they were started, and that failed
 	}
 	announcedMsg struct {
 		Addresses int    `json:"addresses"`
@@ -75,6 +76,9 @@ func decodeBody(t controlType, body []byte, into any) error {
 	return nil
 }
 
+// maxEpoch leaves room to count on from any epoch that is accepted.
+const maxEpoch = 1 << 62
+
 // check refuses an offer that no honest source makes. peer is who the
 // certificate says is speaking; host is this host.
 func (m *offerMsg) check(id uuid.UUID, peer, host string) error {
@@ -88,8 +92,8 @@ func (m *offerMsg) check(id uuid.UUID, peer, host string) error {
 		return &Refusal{Reasons: []string{"this is host " + quote(host) + ", the migration is for " + quote(h.Destination) + ": check the source's list of peers"}}
 	case h.Guest == "" || len(h.Guest) > 255:
 		return violation("guest name of %d bytes", len(h.Guest))
-	case h.Epoch == 0:
-		return violation("epoch 0")
+	case h.Epoch == 0 || h.Epoch > maxEpoch:
+		return violation("epoch %d", h.Epoch)
 	case m.Streams < 1 || m.Streams > MaxStreams:
 		return violation("%d streams, 1 to %d are allowed", m.Streams, MaxStreams)
 	case len(m.Blocks) < 1 || len(m.Blocks) > maxBlocks:

@@ -58,6 +58,10 @@ func (m *source) precopy(ctx context.Context) error {
 		}
 		p.DirtyAfter = count(written)
 		outcome.DirtyAfter = p.DirtyAfter
+		if outcome.Speed == 0 {
+			outcome.Speed = m.left.Speed
+		}
+		m.left = outcome
 		m.finished(p)
 		if reason := policy.Next(outcome); reason != "" {
 			m.pending = written
@@ -72,9 +76,10 @@ func (m *source) precopy(ctx context.Context) error {
 // destination has them.
 func (m *source) copyPass(ctx context.Context, todo []*dirtymap.Bitmap) (Pass, PassOutcome, error) {
 	begin := time.Now()
-	m.passSize.Store(count(todo))
-	m.passFrom.Store(m.streams.sent.Load())
-	m.passTime.Store(begin.UnixNano())
+	m.observe(func(n *progressNow) {
+		m.streams.copied.Store(0)
+		n.pass, n.pages, n.from, n.began = m.pass, count(todo), m.streams.sent.Load(), begin
+	})
 	t, err := m.streams.send(ctx, m.pass, todo, true)
 	if err != nil {
 		return Pass{}, PassOutcome{}, err
@@ -155,11 +160,10 @@ func (m *source) addDiscarded(written []*dirtymap.Bitmap) error {
 // finished adds a pass to the account.
 func (m *source) finished(p Pass) {
 	m.report.Passes = append(m.report.Passes, p)
-	passes := append([]Pass(nil), m.report.Passes...)
-	m.passes.Store(&passes)
 	m.log.Info("pass finished", "pass", p.N, "pages", p.Pages, "zero_pages", p.ZeroPages,
 		"bytes", p.Bytes, "duration", p.Duration, "dirty_after", p.DirtyAfter)
-	m.observe()
+	passes := append([]Pass(nil), m.report.Passes...)
+	m.observe(func(n *progressNow) { n.passes = passes })
 }
 
 func count(maps []*dirtymap.Bitmap) (n int64) {

@@ -27,29 +27,41 @@ func (m *source) watch() (stop func()) {
 	return func() { close(quit); <-done }
 }
 
-// observe hands the observer a snapshot.
-func (m *source) observe() {
+// progressNow is what a snapshot is made of. It changes only within observe.
+type progressNow struct {
+	state  State
+	pass   int       // the live pass under way, or the last one
+	pages  int64     // its size
+	from   int64     // bytes sent before it
+	began  time.Time // zero before the first
+	passes []Pass    // the finished ones; never changed, only replaced
+}
+
+// observe makes changes and hands the observer a snapshot, in order.
+func (m *source) observe(changes ...func(*progressNow)) {
+	m.telling.Lock()
+	defer m.telling.Unlock()
+	for _, change := range changes {
+		change(&m.now)
+	}
 	if m.job.Observe != nil {
 		m.job.Observe(m.progress())
 	}
 }
 
 func (m *source) progress() Progress {
-	p := Progress{State: m.state.Load().(State), Passes: *m.passes.Load()}
-	began := m.passTime.Load()
-	if began == 0 {
+	n := m.now
+	p := Progress{State: n.state, Pass: n.pass, PassPages: n.pages, Passes: n.passes}
+	if n.began.IsZero() {
 		return p
 	}
-	// The streams exist since before passTime was first set.
-	p.Pass = len(p.Passes)
-	if p.State == SourceCopying {
-		p.Pass++
-	}
-	p.PassPages = m.passSize.Load()
-	p.CopiedPages = min(m.streams.copied.Load(), p.PassPages)
 	p.BytesSent = m.streams.sent.Load()
-	if elapsed := time.Since(time.Unix(0, began)).Seconds(); elapsed > 0 {
-		p.Rate = float64(p.BytesSent-m.passFrom.Load()) / elapsed
+	p.CopiedPages = n.pages
+	if n.pass > len(n.passes) { // it is under way
+		p.CopiedPages = min(m.streams.copied.Load(), n.pages)
+	}
+	if elapsed := time.Since(n.began).Seconds(); elapsed > 0 {
+		p.Rate = float64(p.BytesSent-n.from) / elapsed
 	}
 	return p
 }

@@ -105,6 +105,13 @@ func (r *Receiver) serveControl(ctx context.Context, conn net.Conn, p preamble, 
 		conns: make(map[int]net.Conn), log: r.log().With("migration", p.id.String(), "source", peer),
 	}
 	defer s.ctl.close()
+	// A host that stops does not wait for a source that says nothing of use.
+	// Once the shell is prepared, the session itself does what ctx's end asks.
+	defer context.AfterFunc(ctx, func() {
+		if !s.prepared.Load() {
+			conn.Close()
+		}
+	})()
 	r.mu.Lock()
 	taken := r.sessions[p.id] != nil
 	if !taken {
@@ -169,7 +176,11 @@ func (r *Receiver) finish(ctx context.Context, in Incoming, tell func(controlTyp
 		// host's guest, in whatever state it is.
 		resumed = fmt.Errorf("resume: %w", resumed)
 	}
-	tell(ctlRunning, runningMsg{Resume: time.Since(begin)})
+	running := runningMsg{Resume: time.Since(begin)}
+	if resumed != nil {
+		running.Error = resumed.Error()
+	}
+	tell(ctlRunning, running)
 	announced := make(chan announcedMsg, 1)
 	go func() { announced <- announce(ctx, in.Shell) }()
 	r.enter(h, DestRunning)

@@ -36,8 +36,9 @@ type Report struct {
 	Error            string           `json:"error"` // why not completed, else empty
 	SwitchoverReason SwitchoverReason `json:"switchover_reason"`
 	Passes           []Pass           `json:"passes"`
-	// Downtime runs from the guest's stop at the source to the source's
-	// learning that it runs at the destination: an upper bound, by one clock.
+	// Downtime runs from the hypervisor's word that the guest has stopped to the
+	// destination's that it runs, both as they reach the source, by one clock.
+	// Zero if the guest never stopped, or nobody saw it start.
 	Downtime      time.Duration `json:"downtime_ns"`
 	DowntimeParts DowntimeParts `json:"downtime_parts"`
 	Total         time.Duration `json:"total_ns"`

@@ -22,10 +22,13 @@ type session struct {
 	ctl   *control
 	gate  *gate
 	word  chan controlType // commit or abort
+	said  bool             // it has come; the listener's
 	ready atomic.Bool      // ready was sent, or is about to be
-	offer offerMsg
-	shell Shell
-	mem   blocks
+	// prepared was sent, or is about to be: state may come.
+	prepared atomic.Bool
+	offer    offerMsg
+	shell    Shell
+	mem      blocks
 
 	mu       sync.Mutex
 	intake   *intake // nil before prepared and after the streams are closed
@@ -89,7 +92,7 @@ func (s *session) run(ctx context.Context) (undecided bool, err error) {
 
 // readOffer reads the first frame.
 func (s *session) readOffer() error {
-	t, body, err := s.ctl.recv()
+	t, body, err := s.ctl.recvBefore(time.Now().Add(s.ctl.timeout))
 	if err != nil {
 		return err
 	}
@@ -134,6 +137,7 @@ func (s *session) open(ctx context.Context) error {
 	s.mu.Lock()
 	s.intake = newIntake(s.mem, s.offer.Streams, s.passDone)
 	s.mu.Unlock()
+	s.prepared.Store(true)
 	if err := s.ctl.send(ctlPrepared, nil); err != nil {
 		s.closeStreams()
 		return err
@@ -202,7 +206,11 @@ func (s *session) listen() error {
 		}
 		switch t {
 		case ctlState:
-			err = s.gate.write(body)
+			if !s.prepared.Load() {
+				err = violation("device state before prepared")
+			} else {
+				err = s.gate.write(body)
+			}
 		case ctlStopped:
 			var m stoppedMsg
 			if err = decodeBody(t, body, &m); err == nil {
@@ -214,7 +222,7 @@ func (s *session) listen() error {
 				err = s.gate.end(m.Bytes)
 			}
 		case ctlCommit, ctlAbort:
-			err = s.spoken(t)
+			err = s.spoken(t, body)
 		default:
 			err = violation("%v from the source", t)
 		}
@@ -224,18 +232,25 @@ func (s *session) listen() error {
 	}
 }
 
-// spoken takes the source's word.
-func (s *session) spoken(t controlType) error {
-	if t == ctlCommit && !s.ready.Load() {
-		return violation("commit before ready")
-	}
-	select {
-	case s.word <- t:
-	default:
+// spoken takes the source's word, of which there is one.
+func (s *session) spoken(t controlType, body []byte) error {
+	var m reasonMsg
+	switch {
+	case s.said:
 		return violation("%v after the word", t)
+	case t == ctlCommit && !s.ready.Load():
+		return violation("commit before ready")
+	case t == ctlCommit && len(body) != 0:
+		return violation("commit with a body")
+	case t == ctlAbort:
+		if err := decodeBody(t, body, &m); err != nil {
+			return err
+		}
 	}
+	s.said = true
+	s.word <- t // there is room for the one
 	if t == ctlAbort {
-		return errAborted
+		return fmt.Errorf("%w: %s", errAborted, m.Reason)
 	}
 	return nil
 }

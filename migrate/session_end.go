@@ -98,6 +98,8 @@ func (s *session) hangUp() {
 func (s *session) closeStreams() {
 	s.hangUp()
 	s.streams.Wait()
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	s.mem.unmap()
 	s.mem = nil
 }
@@ -110,12 +112,11 @@ const lingerFor = 2 * time.Second
 func (s *session) linger() {
 	if s.listening == nil {
 		deadline := time.Now().Add(lingerFor)
-		for time.Now().Before(deadline) {
-			if _, _, err := s.ctl.recv(); err != nil {
+		for {
+			if _, _, err := s.ctl.recvBefore(deadline); err != nil {
 				return
 			}
 		}
-		return
 	}
 	timer := time.NewTimer(lingerFor)
 	defer timer.Stop()

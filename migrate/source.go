@@ -44,7 +44,8 @@ type source struct {
 	sent    []*dirtymap.Bitmap // pages that the destination has data for
 	pending []*dirtymap.Bitmap // written, and not sent yet, when the passes end
 	scratch []*dirtymap.Bitmap
-	pass    int // the newest pass
+	pass    int         // the newest pass
+	left    PassOutcome // of the last live pass
 
 	discards  bool      // pages may turn back into holes
 	suspended bool      // Suspend was called
@@ -55,11 +56,8 @@ type source struct {
 
 	stateBytes atomic.Int64 // device state sent
 
-	state    atomic.Value // State
-	passSize atomic.Int64 // pages of the pass under way
-	passFrom atomic.Int64 // bytes sent before it
-	passTime atomic.Int64 // when it began, UnixNano
-	passes   atomic.Pointer[[]Pass]
+	telling sync.Mutex // keeps the observer's snapshots in order
+	now     progressNow
 }
 
 // Migrate moves a running guest to another host. It returns when the guest
@@ -101,21 +99,19 @@ func newSource(s *Sender, job Job) *source {
 		ID: job.ID, Guest: m.h.Guest, Source: s.Host, Destination: job.Destination,
 		Mode: "direct", Passes: []Pass{},
 	}
-	m.passes.Store(&[]Pass{})
 	log := s.Log
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
 	m.log = log.With("guest", m.h.Guest, "migration", m.h.ID, "destination", m.h.Destination)
-	m.state.Store(SourcePreparing)
+	m.now.state = SourcePreparing
 	return m
 }
 
 // enter moves to the next state.
 func (m *source) enter(s State) {
 	m.log.Debug("migration state", "state", s)
-	m.state.Store(s)
-	m.observe()
+	m.observe(func(n *progressNow) { n.state = s })
 	failpoint("source", s)
 }
 
@@ -239,7 +235,9 @@ func (m *source) release(ctx context.Context) error {
 	}
 	m.report.Total = time.Since(m.began)
 	var a announcedMsg
-	if err := m.peer.await(ctx, ctlAnnounced, &a); err != nil {
+	wait, stop := context.WithTimeout(ctx, undoTimeout)
+	defer stop()
+	if err := m.peer.await(wait, ctlAnnounced, &a); err != nil {
 		m.log.Warn("no word of the announcement", "error", err)
 	}
 	if a.Error != "" {
@@ -251,7 +249,7 @@ func (m *source) release(ctx context.Context) error {
 
 // conclude undoes what has to be undone and words the outcome.
 func (m *source) conclude(ctx context.Context, err error) error {
-	reached := m.state.Load().(State)
+	reached := m.now.state
 	switch {
 	case err == nil:
 		m.report.Result = Completed

@@ -102,7 +102,6 @@ func (s *streams) send(ctx context.Context, pass int, maps []*dirtymap.Bitmap, l
 // each runs fn on every stream, guarded, then ends the pass there.
 func (s *streams) each(ctx context.Context, pass int, fn func(context.Context, *bufio.Writer, *tally) error) (tally, error) {
 	tallies := make([]tally, len(s.out))
-	s.copied.Store(0)
 	g, ctx := errgroup.WithContext(ctx)
 	for i, w := range s.out {
 		t := &tallies[i]

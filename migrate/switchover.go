@@ -17,9 +17,27 @@ const switchoverTimeout = 10 * time.Second
 // verifyTimeout is added for each GiB of memory when the pages are verified.
 const verifyTimeout = 10 * time.Second
 
+// fits refuses to stop a guest whose rest cannot be sent in the time that it
+// may stand still.
+func (m *source) fits() error {
+	left, speed := m.left.DirtyAfter, m.left.Speed
+	if speed <= 0 {
+		return nil
+	}
+	need := time.Duration(float64(left) / speed * float64(time.Second))
+	if need <= switchoverTimeout/2 {
+		return nil
+	}
+	return fmt.Errorf("the guest writes faster than the network carries: %d MiB would be left, and take about %v with the guest stopped; give it more bandwidth, or migrate when it writes less",
+		left*PageSize>>20, need.Round(100*time.Millisecond))
+}
+
 // suspend stops the guest. The device state that does not depend on the stop
 // has been on its way before that.
 func (m *source) suspend(ctx context.Context) error {
+	if err := m.fits(); err != nil {
+		return err
+	}
 	if err := m.sender.Ledger.Begin(ctx, m.h); err != nil {
 		return fmt.Errorf("note the switchover: %w", err)
 	}
@@ -164,17 +182,29 @@ func (m *source) commit(ctx context.Context) error {
 	return m.peer.ctl.send(ctlCommit, nil)
 }
 
+// ownedTimeout bounds the wait for a destination that answers, but does not
+// get the guest to run: the two agents settle it afterwards.
+const ownedTimeout = 2 * finishTimeout
+
 // awaitOwned waits until the guest runs at the destination, and then until the
 // destination is durably its owner.
 func (m *source) awaitOwned(ctx context.Context) error {
+	wait, cancel := context.WithTimeoutCause(ctx, ownedTimeout, fmt.Errorf("no word in %v of whether the guest runs at the destination", ownedTimeout))
+	defer cancel()
 	var r runningMsg
-	if err := m.peer.await(ctx, ctlRunning, &r); err != nil {
+	if err := m.peer.await(wait, ctlRunning, &r); err != nil {
 		return err
 	}
-	m.report.Downtime = time.Since(m.stopped)
-	m.report.DowntimeParts.Resume = r.Resume
-	m.forwarding.Go(func() { m.forward(ctx) })
-	return m.peer.await(ctx, ctlOwned, nil)
+	if r.Error == "" {
+		m.report.Downtime = time.Since(m.stopped)
+		m.report.DowntimeParts.Resume = r.Resume
+		m.forwarding.Go(func() { m.forward(ctx) })
+	} else {
+		// The guest is the destination's all the same: it may have run.
+		m.report.Error = "at the destination: " + r.Error
+		m.log.Error("the guest was handed over, but may not run", "error", r.Error)
+	}
+	return m.peer.await(wait, ctlOwned, nil)
 }
 
 // forwardFor is how long frames that still arrive here are sent after the

@@ -133,5 +133,5 @@ func (o *options) printReport(r *migrate.Report) error {
 		"  downtime", brief(r.Downtime), "  of it", parts, "  total", brief(r.Total),
 		"  passes", fmt.Sprintf("%d, then %s", len(r.Passes), r.SwitchoverReason),
 		"  sent", fmt.Sprintf("%s for %s of memory", size(r.BytesSent), size(r.RAMBytes)),
-		"  verified", verified, "  announced", fmt.Sprintf("%d addresses", r.Announced))
+		"  verified", verified, "  announced", fmt.Sprintf("%d addresses", r.Announced), "  but", r.Error)
 }

@@ -32,8 +32,10 @@ var ErrTooMany = errors.New("more frames than are kept for a guest")
 // of a few.
 //
 // It keeps a copy of each frame that the tap is given for the guest, with the
-// time at which the kernel gave it. What the hypervisor does with the tap does
-// not matter: a stopped QEMU still takes one frame out of it, and loses that.
+// time at which the kernel gave it. Reading the tap instead would not do: a
+// stopped QEMU still takes one frame out of it, and loses that. One frame may be
+// lost all the same, if QEMU takes it so in the moment before it says that the
+// guest is stopped.
 //
 // The order at the source:
 //
@@ -41,11 +43,11 @@ var ErrTooMany = errors.New("more frames than are kept for a guest")
 //     The tap stays there: frames that still come for the guest are then caught
 //     too, until its announcement reaches this host's bridge, which from then
 //     on does not send them to the tap.
-//  2. The guest is stopped; Stopped says when. Frames from before that are the
-//     guest's already and are dropped; all others it cannot have received.
+//  2. The guest is stopped; Stopped says when. What came from then on it cannot
+//     have received.
 //  3. The guest has been committed to the destination, runs there, and the
 //     first round of its announcement (Begin) is out.
-//  4. Forward, for some tens of milliseconds.
+//  4. Unread, and Forward for some tens of milliseconds.
 //  5. Close, and only then the end of the hypervisor's process and the tap.
 //
 // Forward before step 3 would send frames to a switch that returns them to
@@ -167,33 +169,47 @@ func (s *Stranded) drop() {
 }
 
 // hold keeps a frame. Until the stop is known, the newest are kept, and from
-// then on the oldest.
+// then on the oldest of those that came after it.
 func (s *Stranded) hold(f heldFrame) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if !s.stopped.IsZero() {
-		if f.at.Before(s.stopped) {
-			return
+	known := !s.stopped.IsZero()
+	if known && f.at.Before(s.stopped) {
+		if s.kept > 0 {
+			return // without a time
 		}
-		if s.kept >= s.limit || s.bytes+len(f.b) > maxHeld {
-			s.dropped++
-			return
-		}
-		s.kept++
+		known = false
+	}
+	if known && s.kept >= s.limit {
+		s.dropped++
+		return
+	}
+	for s.early() > 0 && (s.bytes+len(f.b) > maxHeld || !known && s.early() >= s.limit) {
+		s.bytes -= len(s.held[0].b)
+		s.held[0].b = nil
+		s.held = s.held[1:]
+	}
+	if s.bytes+len(f.b) > maxHeld {
+		s.dropped++
+		return
 	}
 	s.held = append(s.held, f)
 	s.bytes += len(f.b)
-	if s.stopped.IsZero() {
-		gone := 0
-		for len(s.held)-gone > s.limit || s.bytes > maxHeld {
-			s.bytes -= len(s.held[gone].b)
-			s.held[gone].b = nil
-			gone++
-		}
-		s.held = s.held[gone:]
-		return
+	if known {
+		s.kept++
+		s.wake()
 	}
-	s.wake()
+}
+
+// early is how many of the held frames are not known to be from after the stop.
+func (s *Stranded) early() int {
+	if s.stopped.IsZero() {
+		return len(s.held)
+	}
+	if i := slices.IndexFunc(s.held, func(f heldFrame) bool { return !f.at.Before(s.stopped) }); i >= 0 {
+		return i
+	}
+	return len(s.held)
 }
 
 func (s *Stranded) wake() {
@@ -206,17 +222,63 @@ func (s *Stranded) wake() {
 // Stopped says when the guest was stopped, by the clock that both the kernel
 // and the hypervisor read (CLOCK_REALTIME): from then on it has received
 // nothing. A frame of before may have been received, or lie in the memory that
-// goes to the destination, and is never sent on. It is called once.
+// goes to the destination; it is sent on only if Unread finds that it has not.
+// Stopped is called once.
 func (s *Stranded) Stopped(at time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.stopped = at
-	s.held = slices.DeleteFunc(s.held, func(f heldFrame) bool { return f.at.Before(at) })
-	s.bytes, s.kept = 0, len(s.held)
-	for _, f := range s.held {
-		s.bytes += len(f.b)
-	}
+	s.kept = len(s.held) - s.early()
 	s.wake()
+}
+
+// Unread finds the frames from before the stop that the hypervisor has not
+// even read: a QEMU that is about to stop its guest may leave its tap alone for
+// some milliseconds. fds are the tap's queues, duplicates of the hypervisor's
+// descriptors (TapFDs, pidfd_getfd); they stay the caller's, and what is in
+// them is taken out, so that the guest must have been committed elsewhere. It
+// comes after Stopped and before Forward.
+func (s *Stranded) Unread(fds ...int) error {
+	for _, fd := range fds {
+		unread, err := readQueue(fd, s.nic, 2*s.limit)
+		if err != nil {
+			return fmt.Errorf("announce: stranded frames of %s: %w", s.nic, err)
+		}
+		s.keepUnread(unread)
+	}
+	return nil
+}
+
+// keepUnread has Forward begin with what the tap's queue began with. Where that
+// may be in several places it is the last: no frame is to arrive twice.
+func (s *Stranded) keepUnread(unread [][]byte) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(unread) == 0 {
+		return
+	}
+	for i := s.early() - 1; i >= 0; i-- {
+		n := min(len(unread), len(s.held)-i)
+		same := func(f heldFrame, b []byte) bool { return bytes.Equal(f.b[offloadHeader+offType:], b) }
+		if slices.EqualFunc(s.held[i:i+n], unread[:n], same) {
+			s.discard(i)
+			early := s.early()
+			for j := range early {
+				s.held[j].at = s.stopped // as good as
+			}
+			s.kept += early
+			s.wake()
+			return
+		}
+	}
+}
+
+// discard forgets the first n of the held frames.
+func (s *Stranded) discard(n int) {
+	for _, f := range s.held[:n] {
+		s.bytes -= len(f.b)
+	}
+	s.held = slices.Delete(s.held, 0, n)
 }
 
 // Forward sends on what came from the stop on, and what still comes until ctx
@@ -258,6 +320,7 @@ func (s *Stranded) sendHeld() {
 		s.mu.Unlock()
 		return
 	}
+	s.discard(s.early())
 	frames := s.held
 	s.held, s.bytes = nil, 0
 	s.mu.Unlock()
@@ -287,6 +350,9 @@ func (s *Stranded) send(p []byte) bool {
 	}
 	return sent
 }
+
+// Tap is the tap whose frames are kept.
+func (s *Stranded) Tap() string { return s.nic.Tap }
 
 // Dropped is how many frames for the guest could not be sent on.
 func (s *Stranded) Dropped() int {
