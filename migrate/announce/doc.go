@@ -13,8 +13,9 @@
 //   - Begin, at the destination, right after the vCPUs run, puts out the first
 //     announcement before it returns; Announcement.Repeat sends the others.
 //     Announce does both.
-//   - Stranded.Forward, at the source, once the first announcement is out,
-//     sends on the frames that arrived for the stopped guest.
+//   - Stranded.Unread and Forward, at the source, once the first announcement
+//     is out, send on the frames that arrived for the stopped guest. TapFDs finds
+//     the tap's descriptors in the hypervisor's process.
 //
 // Everything happens in the network namespace of the calling thread; a caller
 // that has entered another one holds its thread (runtime.LockOSThread) during

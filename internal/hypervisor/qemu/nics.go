@@ -9,6 +9,8 @@ import (
 	"slices"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/lmctl/lmctl/migrate/announce"
 )
 
@@ -167,7 +169,9 @@ func (g *Guest) Forward(ctx context.Context) (int, error) {
 	results := make(chan outcome)
 	for _, s := range g.stranded {
 		go func() {
+			unread := g.unread(s)
 			n, err := s.Forward(ctx)
+			err = errors.Join(unread, err)
 			if d := s.Dropped(); err == nil && d > 0 {
 				err = fmt.Errorf("%d frames could not be sent", d)
 			}
@@ -184,4 +188,27 @@ func (g *Guest) Forward(ctx context.Context) (int, error) {
 		return frames, fmt.Errorf("forward what came for guest %s: %w", g.Name(), err)
 	}
 	return frames, nil
+}
+
+// unread has those frames sent on too that QEMU left in its tap before the
+// stop.
+func (g *Guest) unread(s *announce.Stranded) (err error) {
+	theirs, err := announce.TapFDs(g.inst.proc.id.PID, s.Tap())
+	if err != nil {
+		return err
+	}
+	var ours []int
+	defer func() {
+		for _, fd := range ours {
+			err = errors.Join(err, unix.Close(fd))
+		}
+	}()
+	for _, fd := range theirs {
+		dup, err := unix.PidfdGetfd(g.pidfd, fd, 0)
+		if err != nil {
+			return fmt.Errorf("duplicate descriptor %d of QEMU: %w", fd, err)
+		}
+		ours = append(ours, dup)
+	}
+	return s.Unread(ours...)
 }
