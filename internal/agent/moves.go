@@ -2,7 +2,6 @@ package agent
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -50,13 +49,6 @@ type move struct {
 	changed  chan struct{}   // closed and replaced with every change
 }
 
-// moveRecord is a finished migration on disk.
-type moveRecord struct {
-	Started time.Time       `json:"started"`
-	Ended   time.Time       `json:"ended"`
-	Report  *migrate.Report `json:"report"`
-}
-
 func newMoves(a *Agent) (*moves, error) {
 	m := &moves{a: a, dir: filepath.Join(a.cfg.StateDir, "migrations")}
 	if err := os.MkdirAll(m.dir, 0o700); err != nil {
@@ -76,26 +68,14 @@ func newMoves(a *Agent) (*moves, error) {
 			a.log.Warn("a migration's report cannot be read", "file", e.Name(), "error", err)
 			continue
 		}
+		if r.Ended.IsZero() {
+			m.close(&r)
+		}
 		m.all = append(m.all, &move{id: id, cancel: func(error) {}, guest: r.Report.Guest, destination: r.Report.Destination,
 			started: r.Started, ended: r.Ended, report: r.Report, changed: make(chan struct{})})
 	}
 	slices.SortFunc(m.all, func(x, y *move) int { return x.started.Compare(y.started) })
 	return m, nil
-}
-
-func readMove(path string) (moveRecord, error) {
-	var r moveRecord
-	text, err := os.ReadFile(path)
-	if err != nil {
-		return r, err
-	}
-	if err := json.Unmarshal(text, &r); err != nil {
-		return r, err
-	}
-	if r.Report == nil {
-		return r, errors.New("it holds no report")
-	}
-	return r, nil
 }
 
 // refusedError is a migration that was refused before anything was done.
@@ -131,6 +111,7 @@ func (m *moves) start(guest, destination string, opts migrate.Options) (*move, e
 		m.unregister(mv)
 		return nil, refusedError(guest, "%v", err)
 	}
+	m.keepBegun(mv)
 	go func() {
 		defer m.wg.Done()
 		defer cancel(nil)
@@ -213,13 +194,7 @@ func (mv *move) change() {
 // finish keeps the report.
 func (m *moves) finish(mv *move, report *migrate.Report) {
 	ended := time.Now()
-	record, err := json.MarshalIndent(moveRecord{Started: mv.started, Ended: ended, Report: report}, "", "  ")
-	if err == nil {
-		err = writeReport(filepath.Join(m.dir, mv.id+".json"), record)
-	}
-	if err != nil {
-		m.a.log.Error("keep a migration's report", "migration", mv.id, "error", err)
-	}
+	m.keep(mv.id, moveRecord{Started: mv.started, Ended: ended, Report: report})
 	m.mu.Lock()
 	mv.ended, mv.report = ended, report
 	mv.change()
@@ -250,15 +225,6 @@ func (m *moves) trim() (stale []string) {
 		return true
 	})
 	return stale
-}
-
-// writeReport replaces a file in one step.
-func writeReport(path string, text []byte) error {
-	temp := path + ".new"
-	if err := os.WriteFile(temp, text, 0o600); err != nil {
-		return err
-	}
-	return os.Rename(temp, path)
 }
 
 // busy says whether a guest is being moved by an engine right now.

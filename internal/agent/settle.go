@@ -243,6 +243,7 @@ func (s *settler) settle(ctx context.Context, name string, peer *ledger.Statemen
 			peer = nil // whether the other host knows of it has to be asked afresh
 		}
 	}
+	s.a.moves.settled(s.a.ledger.Get(name), s.a.cfg.Name)
 	s.note(g, name, d)
 	return d
 }
