@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/dustin/go-humanize"
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/lmctl/lmctl/dirtymap"
@@ -179,7 +180,31 @@ func (a *Agent) handshake(ctx context.Context, addr, host string) error {
 	return conn.Close()
 }
 
-// checkBridges looks for the bridges that this host's guests need.
+// hostBridges lists the bridges of this host. That there is none is worth a
+// warning as long as no guest needs one: a guest that does fails its own line.
+func hostBridges(needed bool) *lmctlv1.CheckLine {
+	links, err := netlink.LinkList()
+	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) { // that one: others change at the same time
+		return line("bridges", warn, fmt.Sprintf("list network interfaces: %v", err), "")
+	}
+	var names []string
+	for _, l := range links {
+		if l.Type() == "bridge" {
+			names = append(names, l.Attrs().Name)
+		}
+	}
+	slices.Sort(names)
+	switch {
+	case len(names) > 0:
+		return line("bridges", pass, strings.Join(names, ", "), "")
+	case needed:
+		return line("bridges", warn, "none", "see the lines below")
+	}
+	return line("bridges", warn, "none", "make one, e.g. br0, for guests with network cards: ip link add br0 type bridge && ip link set br0 up")
+}
+
+// checkBridges looks for the bridges that this host has, and for those that its
+// guests need.
 func (a *Agent) checkBridges() []*lmctlv1.CheckLine {
 	users := make(map[string][]string)
 	for _, info := range a.driver.List() {
@@ -189,7 +214,7 @@ func (a *Agent) checkBridges() []*lmctlv1.CheckLine {
 			}
 		}
 	}
-	var lines []*lmctlv1.CheckLine
+	lines := []*lmctlv1.CheckLine{hostBridges(len(users) > 0)}
 	for _, bridge := range slices.Sorted(maps.Keys(users)) {
 		name, used := "bridge "+bridge, "used by "+strings.Join(users[bridge], ", ")
 		ifi, err := net.InterfaceByName(bridge)

@@ -111,6 +111,7 @@ func (s *guestService) Undefine(ctx context.Context, in *lmctlv1.GuestRequest) (
 	if err := s.a.ledger.Undefine(ctx, name); err != nil {
 		return nil, err
 	}
+	s.a.metrics.left(name)
 	return &lmctlv1.UndefineResponse{}, nil
 }
 
@@ -228,6 +229,9 @@ func (s *guestService) toWire(info qemu.Info) *lmctlv1.Guest {
 	}
 	if mv := s.a.moves.of(info.Name); mv != nil {
 		g.Migration = mv.id
+		if info.State == qemu.StateRunning || info.State == qemu.StatePaused {
+			g.State = string(qemu.StateMigrating)
+		}
 	} else if reason, open := s.a.settler.doubt(info.Name); open && !incoming {
 		g.State, g.Advice = stateInDoubt, reason
 	}

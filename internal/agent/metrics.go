@@ -52,25 +52,48 @@ func newMetrics(a *Agent) *metrics {
 	return m
 }
 
-// migrated counts a migration that has ended.
-func (m *metrics) migrated(r *migrate.Report) {
-	m.migrations.WithLabelValues(string(r.Result)).Inc()
-	m.passes.Add(float64(len(r.Passes)))
-	m.bytes.Add(float64(r.BytesSent))
-	m.total.Observe(r.Total.Seconds())
-	for _, p := range r.Passes {
+// counted is how much of one migration is in the counters already.
+type counted struct {
+	passes int
+	bytes  int64
+}
+
+// moving counts what a migration has done since it was counted last.
+func (m *metrics) moving(c *counted, guest string, passes []migrate.Pass, bytes int64) {
+	if bytes > c.bytes {
+		m.bytes.Add(float64(bytes - c.bytes))
+		c.bytes = bytes
+	}
+	if len(passes) <= c.passes {
+		return
+	}
+	for _, p := range passes[c.passes:] {
+		m.passes.Inc()
 		m.pages.WithLabelValues("zero").Add(float64(p.ZeroPages))
 		m.pages.WithLabelValues("data").Add(float64(p.Pages - p.ZeroPages))
 	}
+	c.passes = len(passes)
+	if last := passes[len(passes)-1]; last.Duration > 0 {
+		m.dirtyRate.WithLabelValues(guest).Set(float64(last.DirtyAfter*migrate.PageSize) / last.Duration.Seconds())
+	}
+}
+
+// migrated counts a migration that has ended.
+func (m *metrics) migrated(c *counted, r *migrate.Report) {
+	m.moving(c, r.Guest, r.Passes, r.BytesSent)
+	m.migrations.WithLabelValues(string(r.Result)).Inc()
+	m.total.Observe(r.Total.Seconds())
 	m.pages.WithLabelValues("final").Add(float64(r.DowntimeParts.FinalPages))
-	if n := len(r.Passes); n > 0 && r.Passes[n-1].Duration > 0 {
-		last := r.Passes[n-1]
-		m.dirtyRate.WithLabelValues(r.Guest).Set(float64(last.DirtyAfter*migrate.PageSize) / last.Duration.Seconds())
+	if r.Result == migrate.Completed {
+		m.left(r.Guest)
 	}
 	if r.Result == migrate.Completed {
 		m.downtime.Observe(r.Downtime.Seconds())
 	}
 }
+
+// left forgets a guest that this host does not have any more.
+func (m *metrics) left(guest string) { m.dirtyRate.DeleteLabelValues(guest) }
 
 // guestCollector counts guests by state when it is asked.
 type guestCollector struct{ a *Agent }

@@ -44,6 +44,7 @@ type move struct {
 
 	// Guarded by the moves' mu.
 	progress migrate.Progress
+	counted  counted // of this migration, in the metrics
 	ended    time.Time
 	report   *migrate.Report // once ended
 	changed  chan struct{}   // closed and replaced with every change
@@ -173,8 +174,10 @@ func (m *moves) run(ctx context.Context, mv *move, held sourceGuest, opts migrat
 	} else {
 		log.Info("migration completed", "downtime", report.Downtime, "total", report.Total, "passes", len(report.Passes))
 	}
+	m.mu.Lock()
+	m.a.metrics.migrated(&mv.counted, report)
+	m.mu.Unlock()
 	m.finish(mv, report)
-	m.a.metrics.migrated(report)
 	m.a.settler.kick(mv.guest)
 }
 
@@ -182,6 +185,7 @@ func (m *moves) progress(mv *move, p migrate.Progress) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	mv.progress = p
+	m.a.metrics.moving(&mv.counted, mv.guest, p.Passes, p.BytesSent)
 	mv.change()
 }
 

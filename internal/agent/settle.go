@@ -243,7 +243,11 @@ func (s *settler) settle(ctx context.Context, name string, peer *ledger.Statemen
 			peer = nil // whether the other host knows of it has to be asked afresh
 		}
 	}
-	s.a.moves.settled(s.a.ledger.Get(name), s.a.cfg.Name)
+	record := s.a.ledger.Get(name)
+	s.a.moves.settled(record, s.a.cfg.Name)
+	if record.State == ledger.None || record.State == ledger.Gone {
+		s.a.metrics.left(name)
+	}
 	s.note(g, name, d)
 	return d
 }
