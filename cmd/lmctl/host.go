@@ -5,8 +5,6 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
-	"google.golang.org/protobuf/encoding/protojson"
-	"google.golang.org/protobuf/proto"
 
 	"github.com/lmctl/lmctl/internal/api"
 	"github.com/lmctl/lmctl/internal/api/lmctlv1"
@@ -30,7 +28,11 @@ func newHostListCommand(o *options) *cobra.Command {
 					return err
 				}
 				if o.json {
-					return o.printProto(r)
+					list := make([]hostJSON, 0, len(r.Hosts))
+					for _, h := range r.Hosts {
+						list = append(list, hostObject(h))
+					}
+					return printJSON(o.out, list)
 				}
 				var rows [][]string
 				for _, h := range r.Hosts {
@@ -49,14 +51,44 @@ func hostRow(h *lmctlv1.Host) []string {
 	return []string{h.Name, h.Address, "yes", fmt.Sprintf("%d of %d running", h.GuestsRunning, h.Guests), size(h.MemoryAvailableBytes), h.HypervisorVersion, h.Kernel}
 }
 
-// printProto prints a message with the field names of the protocol.
-func (o *options) printProto(m proto.Message) error {
-	b, err := protojson.MarshalOptions{UseProtoNames: true, EmitUnpopulated: true, Multiline: true}.Marshal(m)
-	if err != nil {
-		return err
+// hostJSON is a host as --json prints it. Its fields are stable.
+type hostJSON struct {
+	Name                 string     `json:"name"`
+	Address              string     `json:"address,omitempty"`
+	Self                 bool       `json:"self"` // it is the one that was asked
+	Reachable            bool       `json:"reachable"`
+	Problem              string     `json:"problem,omitempty"` // why it is not
+	AgentVersion         string     `json:"agent_version,omitempty"`
+	Kernel               string     `json:"kernel,omitempty"`
+	Hypervisor           string     `json:"hypervisor,omitempty"`
+	HypervisorVersion    string     `json:"hypervisor_version,omitempty"`
+	KVM                  bool       `json:"kvm"`
+	CPUs                 int32      `json:"cpus"`
+	MemoryBytes          int64      `json:"memory_bytes"`
+	MemoryAvailableBytes int64      `json:"memory_available_bytes"`
+	Guests               int32      `json:"guests"`
+	GuestsRunning        int32      `json:"guests_running"`
+	Time                 *time.Time `json:"time,omitempty"` // by its clock
+	CertificateExpires   *time.Time `json:"certificate_expires,omitempty"`
+	RoundTripNS          int64      `json:"round_trip_ns"` // 0 of the one that was asked
+}
+
+func hostObject(h *lmctlv1.Host) hostJSON {
+	out := hostJSON{
+		Name: h.Name, Address: h.Address, Self: h.Self, Reachable: h.Reachable, Problem: h.Problem,
+		AgentVersion: h.AgentVersion, Kernel: h.Kernel, Hypervisor: h.Hypervisor, HypervisorVersion: h.HypervisorVersion,
+		KVM: h.Kvm, CPUs: h.Cpus, MemoryBytes: h.MemoryBytes, MemoryAvailableBytes: h.MemoryAvailableBytes,
+		Guests: h.Guests, GuestsRunning: h.GuestsRunning, RoundTripNS: int64(h.RoundTrip.AsDuration()),
 	}
-	_, err = fmt.Fprintln(o.out, string(b))
-	return err
+	if h.Time != nil {
+		t := h.Time.AsTime()
+		out.Time = &t
+	}
+	if h.CertificateExpires != nil {
+		t := h.CertificateExpires.AsTime()
+		out.CertificateExpires = &t
+	}
+	return out
 }
 
 func newHostShowCommand(o *options) *cobra.Command {
@@ -73,7 +105,7 @@ func newHostShowCommand(o *options) *cobra.Command {
 					return err
 				}
 				if o.json {
-					return o.printProto(h)
+					return printJSON(o.out, hostObject(h))
 				}
 				return o.printHost(h)
 			})
