@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/signal"
@@ -54,9 +55,13 @@ func newLabUpCommand(l *labOptions) *cobra.Command {
 	var limit string
 	cmd := &cobra.Command{
 		Use: "up", Short: "Make a lab", Args: takes(),
-		Long: "Makes a lab. What a crash has left of an earlier one in the same folder is removed first.",
+		Long: "Makes a lab. What a crash has left of an earlier one in the same folder is removed first.\n" +
+			"In a lab that is up already, it starts the agents that do not run.",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			opts.Dir = l.dir
+			if opts.Hosts < 1 || opts.Hosts > lab.MaxHosts {
+				return usagef("--hosts %d: 1 to %d", opts.Hosts, lab.MaxHosts)
+			}
 			if limit != "" {
 				n, err := parseSize(limit)
 				if err != nil {
@@ -67,6 +72,9 @@ func newLabUpCommand(l *labOptions) *cobra.Command {
 			ctx, stop := interruptible(cmd.Context())
 			defer stop()
 			made, err := lab.Up(ctx, opts)
+			if errors.Is(err, lab.ErrUp) {
+				made, err = l.revive(ctx, err)
+			}
 			if err != nil {
 				return err
 			}
@@ -77,6 +85,26 @@ func newLabUpCommand(l *labOptions) *cobra.Command {
 	cmd.Flags().StringVar(&limit, "memory-limit", "", "how much guest memory each host has, like 2GiB (default: half of this machine's)")
 	cmd.Flags().StringSliceVar(&opts.AgentEnv, "agent-env", nil, "NAME=VALUE for the agents' environment; {host} stands for the host's name")
 	return cmd
+}
+
+// revive starts the dead agents of a lab that is up. Where there are none, up is
+// why there is nothing to do.
+func (l *labOptions) revive(ctx context.Context, up error) (*lab.Lab, error) {
+	open, err := lab.Open(l.dir)
+	if err != nil {
+		return nil, err
+	}
+	started, err := open.StartDeadAgents(ctx)
+	for _, host := range started {
+		l.say("the lab is up already; started the agent of " + host)
+	}
+	if err != nil {
+		return nil, err
+	}
+	if len(started) == 0 {
+		return nil, up
+	}
+	return open, nil
 }
 
 func newLabDownCommand(l *labOptions) *cobra.Command {

@@ -133,6 +133,30 @@ func (l *Lab) StartAgent(ctx context.Context, host string) error {
 	return l.awaitAgent(ctx, host, p)
 }
 
+// StartDeadAgents starts the agents that do not run and returns their hosts.
+func (l *Lab) StartDeadAgents(ctx context.Context) ([]string, error) {
+	unlock, err := lock(l.dir)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	var started []string
+	for _, host := range l.Hosts() {
+		runs, err := l.AgentRuns(host)
+		if err != nil {
+			return started, err
+		}
+		if runs {
+			continue
+		}
+		if err := l.StartAgent(ctx, host); err != nil {
+			return started, err
+		}
+		started = append(started, host)
+	}
+	return started, nil
+}
+
 // agentProcess is an agent that this process has started.
 type agentProcess struct {
 	ended chan struct{} // closed when it has ended

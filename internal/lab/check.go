@@ -30,6 +30,26 @@ type Verdict struct {
 	Linux   *control.Status `json:"linux,omitempty"`
 }
 
+// notOnOneHost says that a guest does not run on exactly one host.
+type notOnOneHost struct {
+	guest string
+	at    []string // the hosts that run it
+	seen  []string // what the hosts say of it, in words
+}
+
+func (e *notOnOneHost) Error() string { return "lab: guest " + e.guest + ": " + e.where() }
+
+func (e *notOnOneHost) where() string {
+	words := "runs on no host"
+	if len(e.at) > 0 {
+		words = "runs on " + strings.Join(e.at, " and ")
+	}
+	if len(e.seen) == 0 {
+		return words + " (no host has it)"
+	}
+	return words + " (" + strings.Join(e.seen, ", ") + ")"
+}
+
 // Locate returns the host on which a guest runs, as the agents that run say.
 // A guest that runs on two hosts, or on none, is an error.
 func (l *Lab) Locate(ctx context.Context, name string) (string, error) {
@@ -40,7 +60,7 @@ func (l *Lab) Locate(ctx context.Context, name string) (string, error) {
 			return "", err
 		}
 		if !runs {
-			seen = append(seen, host+": no agent")
+			seen = append(seen, "no agent on "+host)
 			continue
 		}
 		err = l.WithAgent(host, func(c *api.Client) error {
@@ -52,7 +72,7 @@ func (l *Lab) Locate(ctx context.Context, name string) (string, error) {
 				if g.Name != name {
 					continue
 				}
-				seen = append(seen, host+": "+g.State)
+				seen = append(seen, g.State+" on "+host)
 				if g.State == "running" || g.State == "migrating" {
 					at = append(at, host)
 				}
@@ -64,7 +84,7 @@ func (l *Lab) Locate(ctx context.Context, name string) (string, error) {
 		}
 	}
 	if len(at) != 1 {
-		return "", fmt.Errorf("lab: guest %s runs on %d hosts: %q", name, len(at), seen)
+		return "", &notOnOneHost{guest: name, at: at, seen: seen}
 	}
 	return at[0], nil
 }

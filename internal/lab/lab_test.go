@@ -277,6 +277,14 @@ func TestAgents(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	if err := again.KillAgent(t.Context(), "host2"); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range [][]string{{"host2"}, nil} {
+		if started, err := again.StartDeadAgents(t.Context()); err != nil || !slices.Equal(started, want) {
+			t.Errorf("dead agents started: %v, %v, want %v", started, err, want)
+		}
+	}
 	if err := again.StartAgent(t.Context(), "host7"); err == nil {
 		t.Error("an agent starts on no host")
 	}

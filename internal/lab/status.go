@@ -1,6 +1,9 @@
 package lab
 
-import "context"
+import (
+	"context"
+	"errors"
+)
 
 // Status is what there is of a lab.
 type Status struct {
@@ -54,6 +57,9 @@ func (l *Lab) Status(ctx context.Context) (Status, error) {
 		}
 		if gs.Host, err = l.Locate(ctx, g.Name); err != nil {
 			gs.Problem = err.Error()
+			if e := (*notOnOneHost)(nil); errors.As(err, &e) {
+				gs.Problem = e.where()
+			}
 		}
 		s.Guests = append(s.Guests, gs)
 	}
