@@ -1,6 +1,7 @@
 package qemu
 
 import (
+	"crypto/rand"
 	"crypto/sha256"
 	"errors"
 	"fmt"
@@ -58,13 +59,6 @@ func (d *Driver) createTap(def *Definition, i int, up bool) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	mac, err := net.ParseMAC(nic.MAC)
-	if err != nil {
-		return nil, err
-	}
-	// A bridge takes the lowest address and MTU of its ports for its own: the
-	// tap gets a high one and the same.
-	mac[0] = 0xfe
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name = tapName(def.UUID, i)
 	tap := &netlink.Tuntap{
@@ -75,12 +69,24 @@ func (d *Driver) createTap(def *Definition, i int, up bool) (*os.File, error) {
 		return nil, fmt.Errorf("create tap %s: %w", attrs.Name, err)
 	}
 	fd := tap.Fds[0]
-	if err := d.plugTap(attrs.Name, bridge, mac, up); err != nil {
+	if err := d.plugTap(attrs.Name, bridge, tapAddress(), up); err != nil {
 		return nil, errors.Join(err, fd.Close())
 	}
 	return fd, nil
 }
 
+// tapAddress makes up a hardware address. A bridge takes the lowest one of its
+// ports for its own, so it is a high one; where the bridge takes it all the same,
+// it must not be that of a tap on another host, such as the one that the guest
+// comes from.
+func tapAddress() net.HardwareAddr {
+	mac := net.HardwareAddr{0xfe, 0xff, 0, 0, 0, 0}
+	_, _ = rand.Read(mac[2:]) // never fails
+	return mac
+}
+
+// plugTap makes a tap a port of a bridge, whose MTU it gets, since a bridge takes
+// the lowest of its ports'.
 func (d *Driver) plugTap(name string, bridge netlink.Link, mac net.HardwareAddr, up bool) error {
 	link, err := d.links.LinkByName(name)
 	if err != nil {
