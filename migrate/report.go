@@ -33,7 +33,7 @@ type Report struct {
 	Destination      string           `json:"destination"`
 	Mode             string           `json:"mode"`
 	Result           Result           `json:"result"`
-	Error            string           `json:"error"` // why not completed, else empty
+	Error            string           `json:"error"` // why it did not complete, or what is to be known of one that did; else empty
 	SwitchoverReason SwitchoverReason `json:"switchover_reason"`
 	Passes           []Pass           `json:"passes"`
 	// Downtime runs from the hypervisor's word that the guest has stopped to the
