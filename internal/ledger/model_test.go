@@ -54,6 +54,7 @@ type node struct {
 	// and what is on the disk for certain.
 	mem, cache, disk note
 	copy             Copy
+	blind            bool // the agent cannot tell what it has of the guest
 	shell            bool
 	engine           phase  // the engine's, while it has the say
 	plan             Action // being carried out by the agent
@@ -103,7 +104,11 @@ func start() world {
 }
 
 func (n *node) facts(host string) Facts {
-	return Facts{Host: host, Boot: fmt.Sprint(n.boot), Copy: n.copy, Shell: n.shell && n.copy != NoCopy, Busy: n.engine != off}
+	f := Facts{Host: host, Boot: fmt.Sprint(n.boot), Copy: n.copy, Shell: n.shell && n.copy != NoCopy, Busy: n.engine != off}
+	if n.blind {
+		f.Copy = UnknownCopy
+	}
+	return f
 }
 
 // step applies an operation. It reports whether it has been done for good: a
@@ -224,7 +229,13 @@ func next(t *testing.T, w world) []world {
 		}
 		if !n.up {
 			try(func(w *world) { w.sides()[i].n.restart() })
+			if n.copy != NoCopy {
+				try(func(w *world) { n := w.sides()[i].n; n.restart(); n.blind = true })
+			}
 			continue
+		}
+		if n.blind {
+			try(func(w *world) { w.sides()[i].n.blind = false })
 		}
 		switch {
 		case n.plan != "":
@@ -257,7 +268,7 @@ func next(t *testing.T, w world) []world {
 func (n *node) writeBack() { n.disk = n.cache }
 
 func (n *node) crash() {
-	n.up, n.engine, n.plan, n.at, n.pending, n.mem = false, off, "", 0, false, note{}
+	n.up, n.engine, n.plan, n.at, n.pending, n.mem, n.blind = false, off, "", 0, false, note{}, false
 }
 
 func (n *node) restart() {
@@ -300,6 +311,7 @@ func heal(t *testing.T, w world) string {
 		for i := range 2 {
 			side := w.sides()[i]
 			n := side.n
+			n.blind = false
 			for !n.up || n.engine != off || n.plan != "" {
 				switch {
 				case !n.up:

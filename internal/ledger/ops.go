@@ -111,6 +111,12 @@ func (l *Ledger) Claim(ctx context.Context, guest, uuid string, others uint64) e
 	return l.apply(ctx, OpClaim, migrate.Handover{Guest: guest, UUID: uuid, Epoch: others}, true)
 }
 
+// Discard is the operator's word that nothing of a guest that was on its way
+// here, or whose record is damaged, is to be kept.
+func (l *Ledger) Discard(ctx context.Context, guest string) error {
+	return l.apply(ctx, OpDiscard, migrate.Handover{Guest: guest}, true)
+}
+
 // check says why a handover cannot be one of this host's.
 func (l *Ledger) check(h migrate.Handover, here string) error {
 	if err := checkHandover(h); err != nil {

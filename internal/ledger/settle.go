@@ -14,9 +14,10 @@ const (
 	NoCopy      Copy = iota // no hypervisor process
 	PausedCopy              // stopped vCPUs: suspended, or a shell that never ran
 	RunningCopy             // running vCPUs
+	UnknownCopy             // there may be a process, and it cannot be asked
 )
 
-func (c Copy) String() string { return [...]string{"no copy", "paused", "running"}[c] }
+func (c Copy) String() string { return [...]string{"no copy", "paused", "running", "unknown"}[c] }
 
 // Facts are what Decide needs to know of its own host besides the record.
 type Facts struct {
@@ -91,6 +92,9 @@ func Decide(own Record, f Facts, peer *Statement) Decision {
 	if f.Busy {
 		return decide(Rest, "a migration of it is under way")
 	}
+	if f.Copy == UnknownCopy {
+		return decide(Wait, "its process here cannot be reached: nobody knows whether it runs")
+	}
 	if peer != nil && own.State != None && own.State != Damaged && peer.State != None && peer.UUID != own.UUID {
 		peer = &Statement{Host: peer.Host} // another guest of the same name
 	}
@@ -98,7 +102,7 @@ func Decide(own Record, f Facts, peer *Statement) Decision {
 	case None, Gone:
 		return decideAbsent(own, f)
 	case Damaged:
-		return decide(Doubt, "this host's record of it cannot be read; `lmctl guest claim %s --force` makes it this host's, if no other host runs it", own.Guest)
+		return decide(Doubt, "this host's record of it cannot be read; `lmctl guest claim %s --force` makes it this host's, if no other host runs it; `lmctl guest destroy %s` forgets the record", own.Guest, own.Guest)
 	case Contested:
 		if f.Copy == RunningCopy {
 			return decide(Suspend, "another host owns it by a higher right")

@@ -73,7 +73,7 @@ func TestDecideTable(t *testing.T) {
 	var out bytes.Buffer
 	for _, own := range variants() {
 		host, peerHost := hostsOf(own.record)
-		for _, c := range []Copy{NoCopy, PausedCopy, RunningCopy} {
+		for _, c := range []Copy{NoCopy, PausedCopy, RunningCopy, UnknownCopy} {
 			fmt.Fprintf(&out, "%s, %s\n", own.name, c)
 			f := Facts{Host: host, Boot: "now", Copy: c}
 			line := func(name string, peer *Statement) {
@@ -97,7 +97,7 @@ func TestDecideTable(t *testing.T) {
 func TestStepTable(t *testing.T) {
 	var out bytes.Buffer
 	ops := []Op{OpBegin, OpHandOver, OpReclaim, OpCancel, OpForget, OpPrepare, OpAccept, OpOwn,
-		OpWithdraw, OpDrop, OpDefine, OpUndefine, OpYield, OpContest, OpClaim}
+		OpWithdraw, OpDrop, OpDefine, OpUndefine, OpYield, OpContest, OpClaim, OpDiscard}
 	for _, v := range variants() {
 		fmt.Fprintf(&out, "%s\n", v.name)
 		for _, op := range ops {
@@ -157,6 +157,19 @@ func TestBusyHostLeavesItToTheEngine(t *testing.T) {
 	for _, own := range variants() {
 		if d := Decide(own.record, Facts{Busy: true, Copy: PausedCopy}, nil); d.Action != Rest {
 			t.Errorf("%s while a migration is under way: %s", own.name, d.Action)
+		}
+	}
+}
+
+// TestUnknownCopyIsLeftAlone: nothing follows from not being able to look.
+func TestUnknownCopyIsLeftAlone(t *testing.T) {
+	for _, own := range variants() {
+		host, peerHost := hostsOf(own.record)
+		for _, peer := range variants() {
+			s := Say(peer.record, Facts{Host: peerHost})
+			if d := Decide(own.record, Facts{Host: host, Boot: "now", Copy: UnknownCopy}, &s); d.Action != Wait {
+				t.Errorf("%s hearing %s: %s of a copy that cannot be reached", own.name, peer.name, d.Action)
+			}
 		}
 	}
 }

@@ -27,6 +27,7 @@ const (
 	OpYield    Op = "yield"    // another owner has the higher epoch
 	OpContest  Op = "contest"  // another owner has the higher epoch, and the guest ran here
 	OpClaim    Op = "claim"    // the operator's word: the guest is this host's
+	OpDiscard  Op = "discard"  // the operator's word: what is noted here is worth nothing
 )
 
 // StateError says that an operation does not follow the record there is.
@@ -46,15 +47,15 @@ func (e *StateError) Error() string {
 }
 
 // Step is the record that follows r by op for h, in the given boot of the
-// host. It is pure. Define, Undefine, Yield, Contest and Claim use only h.Guest, h.UUID
-// and, for Yield and Claim, h.Epoch: the highest epoch known of other hosts.
+// host. It is pure. Define, Undefine, Yield, Contest, Claim
+// and Discard use only h.Guest, h.UUID and, for Yield and Claim, h.Epoch: the highest epoch known of other hosts.
 // Time is left to the caller. A record in None is to be removed.
 func Step(r Record, op Op, h migrate.Handover, boot string) (Record, error) {
 	next := Record{Guest: h.Guest, UUID: h.UUID, Epoch: h.Epoch, Handover: &h, Boot: boot}
 	fail := func(format string, args ...any) (Record, error) {
 		return r, &StateError{Op: op, Guest: h.Guest, State: r.State, Reason: fmt.Sprintf(format, args...)}
 	}
-	if r.State == Damaged && op != OpClaim {
+	if r.State == Damaged && op != OpClaim && op != OpDiscard {
 		return fail("its record is damaged; see `lmctl guest claim`")
 	}
 	same := r.handover() == h.ID
@@ -87,6 +88,11 @@ func Step(r Record, op Op, h migrate.Handover, boot string) (Record, error) {
 		next.State, next.Boot = Contested, boot
 	case OpClaim:
 		next.State, next.Epoch, next.Handover = Owned, max(r.Epoch, h.Epoch)+1, nil
+	case OpDiscard:
+		if r.State != Prepared && r.State != Withdrawn && r.State != Damaged {
+			return fail("only a guest that was never this host's for certain can be discarded")
+		}
+		return Record{Guest: h.Guest}, nil
 	default:
 		return fail("no such operation")
 	}

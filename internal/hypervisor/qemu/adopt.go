@@ -51,27 +51,39 @@ func (d *Driver) adoptEntry(ctx context.Context, dir string, e fs.DirEntry) erro
 	if !e.IsDir() || !ValidName(e.Name()) {
 		return nil // not ours
 	}
-	text, err := os.ReadFile(filepath.Join(dir, e.Name(), "definition.yaml"))
+	def, err := readDefinition(dir, e.Name())
 	if err != nil {
-		return err
-	}
-	def, err := ParseDefinition(text)
-	if err != nil {
-		return err
-	}
-	if def.Name != e.Name() {
-		return fmt.Errorf("its folder has the definition of guest %s", def.Name)
+		// Its process may run: the name is taken, and nothing may be done to it.
+		v := d.newVM(&Definition{Name: e.Name()})
+		v.state = StateUnreachable
+		return errors.Join(err, d.add(v))
 	}
 	v := d.newVM(def)
-	if err := readJSON(v.files.record(), &v.rec); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	v.state = StateUnreachable // until it is known how it is
+	if err := d.add(v); err != nil {
 		return err
 	}
-	if err := d.add(v); err != nil {
+	if err := readJSON(v.files.record(), &v.rec); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
 	ctx, cancel := context.WithTimeout(ctx, adoptTimeout)
 	defer cancel()
 	return v.adopt(ctx)
+}
+
+func readDefinition(dir, name string) (*Definition, error) {
+	text, err := os.ReadFile(filepath.Join(dir, name, "definition.yaml"))
+	if err != nil {
+		return nil, err
+	}
+	def, err := ParseDefinition(text)
+	if err != nil {
+		return nil, err
+	}
+	if def.Name != name {
+		return nil, fmt.Errorf("its folder has the definition of guest %s", def.Name)
+	}
+	return def, nil
 }
 
 func (v *vm) adopt(ctx context.Context) error {
@@ -92,7 +104,11 @@ func (v *vm) adopt(ctx context.Context) error {
 	}
 	mon, err := dialMonitor(ctx, v.files.qmp())
 	if err == nil {
-		return v.adoptRunning(ctx, v.attach(proc, mon))
+		inst := v.attachAdopted(proc, mon)
+		if err = v.adoptRunning(ctx, inst); err != nil {
+			v.d.wg.Go(func() { v.adoptLate(v.d.ctx, inst) })
+		}
+		return err
 	}
 	if ctx.Err() == nil {
 		// The connection broke: it may be about to exit.
@@ -109,10 +125,31 @@ func (v *vm) adopt(ctx context.Context) error {
 	return nil
 }
 
-// adoptLate takes in a guest whose QEMU answers at last.
+// adoptLate takes in a guest whose QEMU answers at last. What keeps it from
+// that may pass.
 func (v *vm) adoptLate(ctx context.Context, inst *instance) {
-	if err := v.adoptRunning(ctx, inst); err != nil {
-		v.d.log.Error("adopt the guest", "guest", v.def.Name, "error", err)
+	v.mu.Lock()
+	already := inst.adopting
+	inst.adopting = true
+	v.mu.Unlock()
+	for said := ""; !already; {
+		err := v.adoptRunning(ctx, inst)
+		if err == nil || ctx.Err() != nil {
+			return
+		}
+		if err.Error() != said {
+			said = err.Error()
+			v.d.log.Error("adopt the guest", "guest", v.def.Name, "error", err)
+		}
+		timer := time.NewTimer(redialPause)
+		select {
+		case <-timer.C:
+			continue
+		case <-inst.ended:
+		case <-ctx.Done():
+		}
+		timer.Stop()
+		return
 	}
 }
 
@@ -165,9 +202,9 @@ func (v *vm) adoptRunning(ctx context.Context, inst *instance) error {
 	if _, err := os.Stat(v.files.suspension()); err == nil && !incoming {
 		v.change(func() { inst.suspended = true })
 	}
-	_, statErr := os.Stat(v.files.resumed())
-	if incoming && (runstate == "running" || statErr == nil) {
-		// It was told to run, and the agent died before it noted that.
+	if incoming && hasRun(runstate) {
+		// It was told to run, and the agent died before it noted that. One that
+		// was about to be told stays a shell: see ShellOf.
 		if err := v.settleIn(ctx, inst); err != nil {
 			return err
 		}
@@ -178,7 +215,13 @@ func (v *vm) adoptRunning(ctx context.Context, inst *instance) error {
 	if runstate == "running" {
 		v.learn()
 	}
+	v.mu.Lock()
+	inst.unmet = false
+	v.mu.Unlock()
 	v.refreshBlind(ctx, inst)
+	if v.info().State == StateUnreachable {
+		return errors.New("QEMU has stopped answering")
+	}
 	return nil
 }
 

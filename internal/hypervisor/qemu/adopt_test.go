@@ -143,6 +143,55 @@ func TestAdoptUnreachable(t *testing.T) {
 	h.await(t, "sector", StateRunning)
 }
 
+// A guest of which it cannot be found out whether it runs is not taken for one
+// that does not.
+func TestAdoptUnknown(t *testing.T) {
+	h := newHost(t)
+	inst, _ := h.startSector(t, idleSector, "")
+	v, err := h.lookup("sector")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range []string{v.files.process(), v.files.record(), v.files.definition()} {
+		content, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, []byte("{"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := h.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if h.Driver, err = New(h.cfg); err != nil {
+			t.Fatal(err)
+		}
+		if err := h.Adopt(testContext(t)); err == nil {
+			t.Errorf("%s cannot be read, and the guest is adopted", path)
+		}
+		if i, err := h.Get("sector"); err != nil || i.State != StateUnreachable {
+			t.Errorf("%s cannot be read: %+v, %v", path, i, err)
+		}
+		for name, err := range map[string]error{
+			"start": h.Start(testContext(t), "sector"), "undefine": h.Undefine("sector"), "destroy": h.Destroy(testContext(t), "sector"),
+		} {
+			if !errors.As(err, new(*StateError)) {
+				t.Errorf("%s cannot be read: %s says %v", path, name, err)
+			}
+		}
+		if _, err := os.Stat(v.files.memory); err != nil {
+			t.Error(err)
+		}
+		if err := os.WriteFile(path, content, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	h.restart(t)
+	if i := h.await(t, "sector", StateRunning); i.PID != inst.proc.id.PID {
+		t.Errorf("adopted process %d, was %d", i.PID, inst.proc.id.PID)
+	}
+}
+
 // pressUntilShutdown presses the power button until QEMU says that the guest
 // has switched itself off.
 func pressUntilShutdown(t *testing.T, socket string) {

@@ -254,7 +254,7 @@ func (d *Driver) add(v *vm) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	for _, other := range d.guests {
-		if other.def.Name == v.def.Name || other.def.UUID == v.def.UUID {
+		if other.def.Name == v.def.Name || v.def.UUID != "" && other.def.UUID == v.def.UUID {
 			return fmt.Errorf("%w (%s, %s); choose another or remove that one", ErrExists, other.def.Name, other.def.UUID)
 		}
 	}

@@ -300,6 +300,28 @@ func TestAgentDiesWithShell(t *testing.T) {
 		}
 		there.awaitProgress(t, g, 1)
 	})
+	t.Run("died just before the start", func(t *testing.T) {
+		_, there, g, src, shell := preparedShell(t)
+		loaded(t, g, src, shell)
+		if err := os.WriteFile(shell.v.files.resumed(), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		there.restart(t)
+		if i, err := there.Get(g.name); err != nil || i.State != StateIncoming {
+			t.Errorf("a shell that may have been told to run: %+v, %v", i, err)
+		}
+		again, ran, err := there.ShellOf(g.name)
+		if err != nil || !ran {
+			t.Fatalf("ShellOf: ran %v, %v", ran, err)
+		}
+		if err := again.Destroy(testContext(t)); !errors.Is(err, errRan) {
+			t.Errorf("destroy a shell that may have run: %v", err)
+		}
+		if err := again.Resume(testContext(t)); err != nil {
+			t.Fatal(err)
+		}
+		there.awaitProgress(t, g, 1)
+	})
 	t.Run("died while receiving", func(t *testing.T) {
 		_, there, g, _, shell := preparedShell(t)
 		if err := shell.giveUp(); err != nil { // as the kernel would for it

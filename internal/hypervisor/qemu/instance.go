@@ -19,7 +19,8 @@ type instance struct {
 	words     string   // what QEMU said about its end
 	guestOff  bool     // the guest has switched itself off
 	blind     bool     // events may have been missed
-	unmet     bool     // adopted, but it has not answered yet
+	unmet     bool     // left by an earlier agent and not adopted yet
+	adopting  bool     // somebody is at that
 	offset    int64    // where this run's words begin in the log
 }
 
@@ -33,8 +34,16 @@ const commandTimeout = 10 * time.Second
 // attach makes the process the guest's and watches it. It owns the process and
 // the monitor from here on.
 func (v *vm) attach(proc *process, mon *monitor) *instance {
-	inst := &instance{proc: proc, mon: mon, ended: make(chan struct{})}
-	sub := mon.subscribe()
+	return v.follow(&instance{proc: proc, mon: mon, ended: make(chan struct{})})
+}
+
+// attachAdopted is attach for the process of an earlier agent.
+func (v *vm) attachAdopted(proc *process, mon *monitor) *instance {
+	return v.follow(&instance{proc: proc, mon: mon, ended: make(chan struct{}), unmet: true})
+}
+
+func (v *vm) follow(inst *instance) *instance {
+	sub := inst.mon.subscribe()
 	v.mu.Lock()
 	v.inst = inst
 	v.mu.Unlock()
@@ -114,7 +123,7 @@ func (v *vm) redial(ctx context.Context, inst *instance) *subscription {
 			sub := mon.subscribe()
 			v.mu.Lock()
 			old, unmet := inst.mon, inst.unmet
-			inst.mon, inst.unmet = mon, false
+			inst.mon = mon
 			v.mu.Unlock()
 			if err := old.close(); err != nil {
 				v.d.log.Warn("close the old QMP connection", "guest", v.def.Name, "error", err)
@@ -142,7 +151,7 @@ func (v *vm) handle(ctx context.Context, inst *instance, e event) {
 	switch e.Event.Event {
 	case "STOP", "RESUME", "SHUTDOWN", "GUEST_PANICKED", "SUSPEND", "WAKEUP":
 		v.mu.Lock()
-		leave := inst.suspended
+		leave := inst.suspended || inst.unmet
 		v.mu.Unlock()
 		if !leave {
 			v.refresh(ctx, inst)
@@ -243,6 +252,11 @@ func (v *vm) endOf(inst *instance, runstate string) *End {
 // terminal says of QEMU's state that the guest cannot go on from it.
 func terminal(runstate string) bool {
 	return runstate == "shutdown" || runstate == "guest-panicked" || runstate == "internal-error"
+}
+
+// hasRun says of a shell's QEMU that its CPUs have run, for certain.
+func hasRun(runstate string) bool {
+	return runstate == "running" || runstate == "suspended" || terminal(runstate)
 }
 
 // stateOf translates QEMU's state. The vm's mu is held.

@@ -107,10 +107,14 @@ func findProcess(id processID) (*process, error) {
 	// The descriptor is open first: what stat says now is true of its process,
 	// or the process has ended.
 	start, _, err := readStat(id.PID)
-	if err == nil && start == id.Start {
+	switch {
+	case err == nil && start == id.Start:
 		return watchProcess(id, pidfd)
+	case err == nil, errors.Is(err, unix.ENOENT), errors.Is(err, unix.ESRCH):
+		return nil, errors.Join(errGone, unix.Close(pidfd))
 	}
-	return nil, errors.Join(errGone, unix.Close(pidfd))
+	// Nobody may take it for gone only because we cannot look.
+	return nil, errors.Join(fmt.Errorf("look for process %d: %w", id.PID, err), unix.Close(pidfd))
 }
 
 func watchProcess(id processID, pidfd int) (*process, error) {

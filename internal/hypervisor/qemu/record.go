@@ -18,7 +18,8 @@ const (
 	StateIncoming  State = "incoming"  // a shell at the destination, the CPUs never ran here
 	StateStopping  State = "stopping"  // it ended, the process is being removed
 	// StateUnreachable: the process lives but does not answer, as when its
-	// storage hangs. It is adopted when it does.
+	// storage hangs, and is adopted when it does; or, without a PID, it could
+	// not be found out at the start of the agent whether there is a process.
 	StateUnreachable State = "unreachable"
 )
 

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"os"
 	"sync"
@@ -123,8 +124,8 @@ func (s *Shell) listen(ctx context.Context, mon *monitor) error {
 }
 
 // ShellOf finds the shell of an earlier agent again. When ran is true its CPUs
-// were told to run already: Resume sees to it that they do, and Destroy
-// refuses.
+// may have been told to run already: Resume sees to it that they do, and
+// Destroy refuses.
 func (d *Driver) ShellOf(name string) (_ *Shell, ran bool, err error) {
 	v, err := d.lookup(name)
 	if err != nil {
@@ -136,8 +137,13 @@ func (d *Driver) ShellOf(name string) (_ *Shell, ran bool, err error) {
 	}
 	v.mu.Lock()
 	inst := v.inst
-	ran = v.state != StateIncoming
+	ran = v.state != StateIncoming || hasRun(v.runstate)
 	v.mu.Unlock()
+	// The mark is there before the CPUs are told to run, so that one that
+	// cannot be looked for counts.
+	if _, err := os.Stat(v.files.resumed()); !errors.Is(err, fs.ErrNotExist) {
+		ran = true
+	}
 	if inst == nil {
 		done()
 		return nil, false, &StateError{Guest: name, Operation: "take over", State: StateStopped}
@@ -151,9 +157,15 @@ func (d *Driver) ShellOf(name string) (_ *Shell, ran bool, err error) {
 	return s, ran, nil
 }
 
-// Close gives the guest back without running or destroying it.
+// Close gives the guest back without running or destroying it. One that runs
+// gives itself back.
 func (s *Shell) Close() error {
-	err := s.giveUp()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.ran {
+		return nil
+	}
+	err := s.letGo()
 	s.done()
 	return err
 }
@@ -162,6 +174,11 @@ func (s *Shell) Close() error {
 func (s *Shell) giveUp() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	return s.letGo()
+}
+
+// letGo is giveUp with s.mu held.
+func (s *Shell) letGo() error {
 	var errs []error
 	if s.file != nil {
 		errs = append(errs, s.file.Close())
@@ -253,7 +270,8 @@ func (s *Shell) Announce(ctx context.Context) (int, error) {
 // errRan says that a shell is none any more.
 var errRan = errors.New("its CPUs were started; it is a guest of this host")
 
-// Destroy ends a shell that never ran and removes all of it.
+// Destroy ends a shell that never ran and removes all of it. Also when it fails
+// the shell holds the guest no more.
 func (s *Shell) Destroy(ctx context.Context) error {
 	s.mu.Lock()
 	ran := s.ran || s.mayHaveRun
@@ -268,6 +286,7 @@ func (s *Shell) Destroy(ctx context.Context) error {
 }
 
 func (s *Shell) destroy(ctx context.Context) error {
+	defer s.done()
 	err := s.giveUp()
 	if err := s.v.end(ctx, End{Cause: EndDestroyed}); err != nil {
 		return err
@@ -276,6 +295,5 @@ func (s *Shell) destroy(ctx context.Context) error {
 		return err
 	}
 	s.v.d.remove(s.v)
-	s.done()
 	return err
 }

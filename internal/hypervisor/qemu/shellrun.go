@@ -11,8 +11,9 @@ import (
 
 // Resume connects the guest's network and starts its CPUs. When it returns nil
 // they run; what is left to do with QEMU's settings and the record is done
-// behind its back, so as not to stand in the guest's pause. On an error the
-// guest was not started and may still be.
+// behind its back, so as not to stand in the guest's pause. On an error with
+// migrate.ErrNotStarted the guest was not started and may still be; after any
+// other it may have been, and the shell holds it no more: see ShellOf.
 func (s *Shell) Resume(ctx context.Context) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -20,6 +21,11 @@ func (s *Shell) Resume(ctx context.Context) error {
 		return nil
 	}
 	if err := s.run(ctx); err != nil {
+		if !errors.Is(err, migrate.ErrNotStarted) {
+			s.mayHaveRun = true
+			err = errors.Join(err, s.letGo())
+			s.done()
+		}
 		return fmt.Errorf("run guest %s: %w", s.v.def.Name, err)
 	}
 	s.ran = true
@@ -49,7 +55,7 @@ func (s *Shell) run(ctx context.Context) error {
 
 func (s *Shell) startCPUs(ctx context.Context) error {
 	if s.mayHaveRun {
-		if runstate, err := s.v.queryStatus(ctx, s.inst); err != nil || runstate == "running" {
+		if runstate, err := s.v.queryStatus(ctx, s.inst); err != nil || hasRun(runstate) {
 			return err
 		}
 	}

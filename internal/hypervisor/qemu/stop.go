@@ -73,6 +73,9 @@ func (d *Driver) Destroy(ctx context.Context, name string) error {
 		return err
 	}
 	defer done()
+	if i := v.info(); i.State == StateUnreachable && i.PID == 0 {
+		return &StateError{Guest: name, Operation: "destroy", State: i.State} // there may be a process that we cannot find
+	}
 	if err := v.end(ctx, End{Cause: EndDestroyed}); err != nil {
 		return fmt.Errorf("destroy guest %s: %w", name, err)
 	}
