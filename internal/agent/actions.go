@@ -5,15 +5,22 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"time"
 
 	"github.com/lmctl/lmctl/internal/hypervisor/qemu"
 	"github.com/lmctl/lmctl/internal/ledger"
 	"github.com/lmctl/lmctl/migrate"
 )
 
+// actionTimeout bounds what is done about a guest in one step: longer than the
+// driver waits for anything.
+const actionTimeout = 2 * time.Minute
+
 // carryOut does what was decided about a guest. The guest's openGuest is held.
 func (s *settler) carryOut(ctx context.Context, action ledger.Action, r ledger.Record, f ledger.Facts, peer *ledger.Statement, g *openGuest) error {
-	ctx = context.WithoutCancel(ctx) // what has been decided is done
+	// What has been decided is done, but nothing may hold up the guest for ever.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), actionTimeout)
+	defer cancel()
 	switch action {
 	case ledger.Resume:
 		return s.resume(ctx, r, f)
@@ -90,11 +97,10 @@ func (s *settler) run(ctx context.Context, r ledger.Record, f ledger.Facts, g *o
 		return err
 	}
 	err = s.a.receiver.Finish(ctx, in)
-	if found != nil && errors.Is(err, migrate.ErrNotStarted) {
-		err = errors.Join(err, found.Close())
+	if found != nil {
+		err = errors.Join(err, found.Close()) // if it runs, that leaves it alone
 	}
-	s.dropShell(g)
-	return err
+	return errors.Join(err, s.dropShell(g))
 }
 
 // shell is the shell of a record: the one that the receiver left, or the one
@@ -113,10 +119,20 @@ func (s *settler) shell(r ledger.Record, g *openGuest) (migrate.Incoming, foundS
 	return migrate.Incoming{Handover: *r.Handover, Shell: found}, found, nil
 }
 
-func (s *settler) dropShell(g *openGuest) {
+// dropShell gives back what the receiver left, if it did: from here on the
+// driver has to find it again.
+func (s *settler) dropShell(g *openGuest) error {
 	s.mu.Lock()
+	in := g.shell
 	g.shell = nil
 	s.mu.Unlock()
+	if in == nil {
+		return nil
+	}
+	if held, ok := in.Shell.(io.Closer); ok {
+		return held.Close()
+	}
+	return nil
 }
 
 // ownCrashed makes a guest this host's whose process has ended.
@@ -124,7 +140,9 @@ func (s *settler) ownCrashed(ctx context.Context, r ledger.Record, g *openGuest)
 	if err := s.restoreDefinition(r.Guest); err != nil {
 		return err
 	}
-	s.dropShell(g)
+	if err := s.dropShell(g); err != nil {
+		return err
+	}
 	return s.a.ledger.Own(ctx, *r.Handover)
 }
 
@@ -134,10 +152,14 @@ func (s *settler) restoreDefinition(guest string) error {
 	if _, err := s.a.driver.Get(guest); !errors.Is(err, qemu.ErrNotFound) {
 		return err
 	}
+	uuid := s.a.ledger.Get(guest).UUID
 	text, ok := s.a.kept.get(guest)
+	if ok {
+		def, err := qemu.ParseDefinition(text)
+		ok = err == nil && def.UUID == uuid
+	}
 	if !ok {
-		s.a.log.Error("a guest is this host's, but its definition is lost: define it again", "guest", guest)
-		return nil
+		return fmt.Errorf("agent: guest %s is not defined on this host and its definition was not kept: `lmctl guest define` it again, with UUID %s", guest, uuid)
 	}
 	_, err := s.a.driver.Define(text)
 	return err
@@ -149,16 +171,16 @@ func (s *settler) endShell(ctx context.Context, guest string, g *openGuest) erro
 	in := g.shell
 	s.mu.Unlock()
 	if in != nil {
-		if err := in.Shell.Destroy(ctx); err != nil {
-			return err
-		}
-		s.dropShell(g)
-		return nil
+		err := in.Shell.Destroy(ctx)
+		return errors.Join(err, s.dropShell(g))
 	}
 	found, _, err := s.a.driver.ShellOf(guest)
 	var state *qemu.StateError
-	if errors.Is(err, qemu.ErrNotFound) || errors.As(err, &state) && state.State == qemu.StateStopped {
+	switch {
+	case errors.Is(err, qemu.ErrNotFound):
 		return nil
+	case errors.As(err, &state) && state.State == qemu.StateStopped:
+		return s.removeCopy(ctx, guest) // its process has ended
 	}
 	if err != nil {
 		return err

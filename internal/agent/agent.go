@@ -73,7 +73,9 @@ func newAgent(ctx context.Context, cfg Config, version string, log *slog.Logger,
 	a.peers = newPeers(a)
 	a.settler = newSettler(a)
 	a.inbound = newInbound(a)
-	a.kept = newDefinitions()
+	if a.kept, err = openDefinitions(filepath.Join(cfg.StateDir, "incoming")); err != nil {
+		return nil, err
+	}
 	a.kept.readAll(filepath.Join(cfg.StateDir, "guests"), a.ledger.List(), a.log)
 	if a.moves, err = newMoves(a); err != nil {
 		return nil, err

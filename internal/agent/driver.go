@@ -79,6 +79,8 @@ func (a *Agent) newDriver() (driver, error) {
 func (a *Agent) copyOf(name string) (c ledger.Copy, shell bool) {
 	info, err := a.driver.Get(name)
 	switch {
+	case err == nil && info.State == qemu.StateUnreachable:
+		return ledger.UnknownCopy, false
 	case err != nil || info.PID == 0:
 		return ledger.NoCopy, false
 	case info.State == qemu.StateIncoming:
@@ -93,7 +95,7 @@ func (a *Agent) copyOf(name string) (c ledger.Copy, shell bool) {
 // agent that died may have left there.
 func (a *Agent) cleanTrackers() {
 	for _, info := range a.driver.List() {
-		if info.PID == 0 || info.State == qemu.StateIncoming {
+		if info.PID == 0 || info.State == qemu.StateIncoming || info.State == qemu.StateUnreachable {
 			continue
 		}
 		if err := a.cleanTracker(info.Name); err != nil && !errors.Is(err, dirtymap.ErrUnsupported) {

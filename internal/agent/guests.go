@@ -34,9 +34,13 @@ func (s *guestService) Define(ctx context.Context, in *lmctlv1.DefineRequest) (*
 	if err != nil {
 		return nil, err
 	}
-	r := s.a.ledger.Get(def.Name)
-	if r.State == ledger.Owned && r.UUID == def.UUID {
-		return s.show(def.Name) // its definition was lost, and is back
+	switch r := s.a.ledger.Get(def.Name); r.State {
+	case ledger.None, ledger.Gone, ledger.Withdrawn:
+	default:
+		if r.UUID == def.UUID { // its definition was lost, and is back
+			s.a.settler.kick(def.Name)
+			return s.show(def.Name)
+		}
 	}
 	if err := s.a.ledger.Define(ctx, def.Name, def.UUID); err != nil {
 		return nil, errors.Join(err, s.a.driver.Undefine(def.Name))
@@ -72,8 +76,13 @@ func (s *guestService) Stop(ctx context.Context, in *lmctlv1.StopRequest) (*lmct
 
 // Destroy implements lmctlv1.GuestsServer.
 func (s *guestService) Destroy(ctx context.Context, in *lmctlv1.GuestRequest) (*lmctlv1.Guest, error) {
-	if s.a.ledger.Get(in.GetName()).State == ledger.Contested {
+	switch s.a.ledger.Get(in.GetName()).State {
+	case ledger.Contested:
 		return s.giveUp(ctx, in.GetName())
+	case ledger.Prepared, ledger.Withdrawn, ledger.Damaged:
+		if !s.a.inbound.busy(in.GetName()) {
+			return s.discard(ctx, in.GetName())
+		}
 	}
 	if err := s.mine(in.GetName()); err != nil {
 		return nil, err
@@ -90,6 +99,18 @@ func (s *guestService) giveUp(ctx context.Context, name string) (*lmctlv1.Guest,
 		return nil, err
 	}
 	if err := s.a.ledger.Undefine(ctx, name); err != nil {
+		return nil, err
+	}
+	s.a.settler.kick(name)
+	return &lmctlv1.Guest{Name: name, Host: s.a.cfg.Name, State: string(qemu.StateRemoved)}, nil
+}
+
+// discard removes what is left of a guest that was on its way here, or that
+// nobody knows anything of, on the operator's word. It does not touch one that
+// may have run.
+func (s *guestService) discard(ctx context.Context, name string) (*lmctlv1.Guest, error) {
+	g := s.a.settler.guest(name)
+	if err := s.a.settler.discard(ctx, name, g); err != nil {
 		return nil, err
 	}
 	s.a.settler.kick(name)
@@ -238,6 +259,58 @@ func (s *guestService) toWire(info qemu.Info) *lmctlv1.Guest {
 	return g
 }
 
+// discard is guestService's.
+func (s *settler) discard(ctx context.Context, name string, g *openGuest) error {
+	refuse := func(cause string) error {
+		return &api.Error{Code: codes.FailedPrecondition, Operation: "destroy guest", Object: name, Cause: cause}
+	}
+	g.act.Lock()
+	defer g.act.Unlock()
+	_, err := s.a.driver.Get(name)
+	switch facts := s.facts(name); {
+	case s.a.ledger.Get(name).State == ledger.Damaged && err == nil:
+		return refuse(fmt.Sprintf("its record cannot be read, but it is here: `lmctl guest claim %s --force` makes it this host's, if no other host runs it", name))
+	case facts.Busy:
+		return refuse("it is being migrated: wait, or cancel the migration")
+	case facts.Copy == ledger.UnknownCopy:
+		return refuse("its process here cannot be reached: wait until it can, or restart the agent")
+	case facts.Shell:
+		if err := s.endShell(ctx, name, g); err != nil {
+			return err
+		}
+	case facts.Copy == ledger.NoCopy:
+		if err := errors.Join(s.dropShell(g), s.removeCopy(ctx, name)); err != nil {
+			return err
+		}
+	default:
+		return refuse(fmt.Sprintf("it is %s here, and this host's record does not say that it may be ended; `lmctl guest claim %s --force` first", facts.Copy, name))
+	}
+	s.a.log.Warn("guest discarded by the operator", "guest", name)
+	if err := s.a.ledger.Discard(ctx, name); err != nil {
+		return err
+	}
+	s.note(g, name, ledger.Decision{Action: ledger.Rest})
+	return nil
+}
+
+// uuidOf is the UUID of a guest that is here, or of which this host has a
+// record and a definition to restore.
+func (s *settler) uuidOf(name string) (string, error) {
+	info, err := s.a.driver.Get(name)
+	if err == nil && info.UUID != "" {
+		return info.UUID, nil
+	}
+	r := s.a.ledger.Get(name)
+	switch {
+	case r.UUID != "" && r.State != ledger.Gone:
+		return r.UUID, nil
+	case r.State == ledger.Damaged:
+		return "", &api.Error{Code: codes.FailedPrecondition, Operation: "claim guest", Object: name,
+			Cause: fmt.Sprintf("its record and its definition are lost: `lmctl guest destroy %s` forgets the record, then define it again", name)}
+	}
+	return "", err
+}
+
 // claim makes a guest this host's, on the operator's word, and runs what this
 // host has of it.
 func (s *settler) claim(ctx context.Context, name string, force bool) error {
@@ -247,14 +320,14 @@ func (s *settler) claim(ctx context.Context, name string, force bool) error {
 	if err := ledger.CheckGuest(name); err != nil {
 		return &api.Error{Code: codes.InvalidArgument, Operation: "claim guest", Cause: err.Error()}
 	}
-	info, err := s.a.driver.Get(name)
+	uuid, err := s.uuidOf(name)
 	if err != nil {
 		return err
 	}
 	if s.a.moves.busy(name) || s.a.inbound.busy(name) {
 		return refuse("it is being migrated: wait, or cancel the migration")
 	}
-	others, where := s.highestEpoch(ctx, name, info.UUID)
+	others, where := s.highestEpoch(ctx, name, uuid)
 	g := s.guest(name)
 	g.act.Lock()
 	defer g.act.Unlock()
@@ -270,6 +343,12 @@ func (s *settler) claim(ctx context.Context, name string, force bool) error {
 		return refuse("%s; if it is certain that it runs nowhere else, and never will, add --force", known)
 	}
 	facts := s.facts(name)
+	if facts.Copy == ledger.UnknownCopy {
+		return refuse("its process here cannot be reached, so that nobody knows whether it runs: wait until it can, or restart the agent")
+	}
+	if err := s.restoreDefinition(name); err != nil {
+		return err
+	}
 	if facts.Shell && facts.Copy == ledger.PausedCopy && r.State != ledger.Prepared && r.State != ledger.Accepted {
 		return refuse("what is here is a shell that has not got the whole guest")
 	}
@@ -280,9 +359,9 @@ func (s *settler) claim(ctx context.Context, name string, force bool) error {
 		if err := s.run(ctx, r, facts, g); err != nil {
 			return err
 		}
-		return s.a.ledger.Claim(ctx, name, info.UUID, others)
+		return s.a.ledger.Claim(ctx, name, uuid, others)
 	}
-	if err := s.a.ledger.Claim(ctx, name, info.UUID, others); err != nil {
+	if err := s.a.ledger.Claim(ctx, name, uuid, others); err != nil {
 		return err
 	}
 	s.note(g, name, ledger.Decision{Action: ledger.Rest})

@@ -5,9 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"sync"
 
 	"github.com/lmctl/lmctl/internal/ledger"
@@ -114,11 +117,36 @@ func (in *inbound) wait(ctx context.Context) {
 // driver forgets a shell whose process has ended, but if it had been accepted
 // it is this host's guest, to be kept as one that has crashed.
 type definitions struct {
+	// dir has them for the next agent: the driver's folder of a shell goes with
+	// the shell.
+	dir string
+
 	mu   sync.Mutex
 	text map[string][]byte
 }
 
-func newDefinitions() *definitions { return &definitions{text: make(map[string][]byte)} }
+const keptSuffix = ".yaml"
+
+func openDefinitions(dir string) (*definitions, error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, fmt.Errorf("agent: %w", err)
+	}
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return nil, fmt.Errorf("agent: definitions of incoming guests: %w", err)
+	}
+	d := &definitions{dir: dir, text: make(map[string][]byte)}
+	for _, e := range entries {
+		guest, ok := strings.CutSuffix(e.Name(), keptSuffix)
+		if !ok || ledger.CheckGuest(guest) != nil {
+			continue
+		}
+		if d.text[guest], err = os.ReadFile(filepath.Join(dir, e.Name())); err != nil {
+			return nil, fmt.Errorf("agent: definition of an incoming guest: %w", err)
+		}
+	}
+	return d, nil
+}
 
 // readAll reads the definitions of what an earlier agent was receiving. It is
 // called before the driver looks at the folder.
@@ -134,14 +162,64 @@ func (d *definitions) readAll(dir string, records []ledger.Record, log *slog.Log
 			log.Debug("no definition to keep", "guest", r.Guest, "error", err)
 			continue
 		}
-		d.keep(r.Guest, text)
+		d.mu.Lock()
+		d.text[r.Guest] = text
+		d.mu.Unlock()
 	}
 }
 
-func (d *definitions) keep(guest string, text []byte) {
+// keep keeps a definition durably.
+func (d *definitions) keep(guest string, text []byte) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	if err := writeDurably(filepath.Join(d.dir, guest+keptSuffix), text); err != nil {
+		return fmt.Errorf("agent: keep the definition of guest %s: %w", guest, err)
+	}
 	d.text[guest] = text
+	return nil
+}
+
+// writeDurably replaces a file: after a crash of the host it has the old content
+// or the new one.
+func writeDurably(path string, text []byte) (err error) {
+	f, err := os.OpenFile(path+".new", os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(text)
+	if err == nil {
+		err = f.Sync()
+	}
+	if err = errors.Join(err, f.Close()); err != nil {
+		return err
+	}
+	if err := os.Rename(path+".new", path); err != nil {
+		return err
+	}
+	dir, err := os.Open(filepath.Dir(path))
+	if err != nil {
+		return err
+	}
+	return errors.Join(dir.Sync(), dir.Close())
+}
+
+// forget removes a definition that is not needed any more. It is called before
+// guests can come in: a later one would be the next migration's.
+func (d *definitions) forget(guest string) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	delete(d.text, guest)
+	if err := os.Remove(filepath.Join(d.dir, guest+keptSuffix)); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("agent: %w", err)
+	}
+	return nil
+}
+
+// names are the guests whose definitions are kept.
+func (d *definitions) names() []string {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return slices.Collect(maps.Keys(d.text))
 }
 
 func (d *definitions) get(guest string) ([]byte, bool) {
@@ -174,6 +252,5 @@ func (h keepingHost) keep(guest string) error {
 	if err != nil {
 		return fmt.Errorf("agent: %w", err)
 	}
-	h.a.kept.keep(guest, text)
-	return nil
+	return h.a.kept.keep(guest, text)
 }

@@ -49,6 +49,7 @@ func newMux(ln net.Listener, id *pki.Identity, limits LimitsConfig, log *slog.Lo
 // ended too: by themselves, or because ctx has.
 func (m *mux) run(ctx context.Context) error {
 	defer m.wg.Wait()
+	pause := acceptFirst
 	for {
 		// Too many strangers at once wait in the kernel's queue.
 		select {
@@ -62,9 +63,34 @@ func (m *mux) run(ctx context.Context) error {
 			if errors.Is(err, net.ErrClosed) {
 				return nil
 			}
-			return fmt.Errorf("agent: accept: %w", err)
+			// Of want of descriptors or memory, or of the stranger: it passes.
+			m.log.Warn("cannot accept a connection", "error", err, "retry", pause)
+			if !m.rest(pause) {
+				return nil
+			}
+			pause = min(2*pause, acceptLast)
+			continue
 		}
+		pause = acceptFirst
 		m.wg.Go(func() { m.meet(ctx, conn) })
+	}
+}
+
+// The pauses after a connection could not be accepted.
+const (
+	acceptFirst = 5 * time.Millisecond
+	acceptLast  = time.Second
+)
+
+// rest waits, and says whether the port is still open.
+func (m *mux) rest(pause time.Duration) bool {
+	timer := time.NewTimer(pause)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return true
+	case <-m.done:
+		return false
 	}
 }
 

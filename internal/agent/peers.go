@@ -97,6 +97,9 @@ func (p *peers) settle(ctx context.Context, host string, s ledger.Statement) (*l
 	if heard.Host != host || heard.Guest != s.Guest {
 		return nil, fmt.Errorf("agent: host %s answered for guest %q of host %q", host, heard.Guest, heard.Host)
 	}
+	if err := checkEpoch(heard); err != nil {
+		return nil, err
+	}
 	return &heard, nil
 }
 
@@ -120,26 +123,51 @@ func (s *peerService) Settle(ctx context.Context, in *lmctlv1.Statement) (*lmctl
 	if err := ledger.CheckGuest(heard.Guest); err != nil {
 		return nil, &api.Error{Code: codes.InvalidArgument, Operation: "settle guest", Cause: err.Error()}
 	}
-	s.hear(ctx, heard)
-	return statementToWire(s.a.settler.say(heard.Guest)), nil
+	if err := checkEpoch(heard); err != nil {
+		return nil, &api.Error{Code: codes.InvalidArgument, Operation: "settle guest", Object: heard.Guest, Cause: err.Error()}
+	}
+	free := s.hear(ctx, heard)
+	answer := s.a.settler.say(heard.Guest)
+	answer.Busy = answer.Busy || !free
+	return statementToWire(answer), nil
+}
+
+// maxEpoch is far beyond what any guest's owners can count up to, and leaves
+// room to count on.
+const maxEpoch = 1 << 62
+
+func checkEpoch(s ledger.Statement) error {
+	if s.Epoch > maxEpoch || s.Handover != nil && s.Handover.Epoch > maxEpoch {
+		return fmt.Errorf("agent: host %s says that guest %s has epoch %d, which cannot be", s.Host, s.Guest, s.Epoch)
+	}
+	return nil
 }
 
 // hear acts on what another host says of its own accord. It may be late: said
 // before the handover that this host's record is about had begun. Only what
-// stays true is acted upon; the rest is a reason to ask.
-func (s *peerService) hear(ctx context.Context, heard ledger.Statement) {
+// stays true is acted upon; the rest is a reason to ask. It says whether this
+// host was free to act: what is under way about the guest is not waited for.
+func (s *peerService) hear(ctx context.Context, heard ledger.Statement) (free bool) {
 	switch s.a.ledger.Get(heard.Guest).State {
 	case ledger.None, ledger.Gone:
 		// Only answered for: a shell may just be in the making.
+		return true
 	case ledger.Prepared, ledger.Withdrawn:
 		if heard.State != ledger.HandedOver {
 			s.a.settler.kick(heard.Guest)
-			return
+			return true
 		}
-		s.a.settler.settle(ctx, heard.Guest, &heard)
-	default:
-		s.a.settler.settle(ctx, heard.Guest, &heard)
+	case ledger.Owned, ledger.Moving, ledger.Contested:
+		// Only a host that this one's operator has named may outrank it.
+		if _, err := s.a.peers.address(heard.Host); err != nil {
+			return true
+		}
 	}
+	if s.a.settler.trySettle(ctx, heard.Guest, &heard) {
+		return true
+	}
+	s.a.settler.kick(heard.Guest)
+	return false
 }
 
 // HostFacts implements lmctlv1.PeerServer.

@@ -76,6 +76,26 @@ func (s *settler) begin(ctx context.Context) {
 		d := s.settle(ctx, name, nil)
 		s.a.log.Debug("guest looked at", "guest", name, "action", d.Action, "reason", d.Reason)
 	}
+	s.forgetDefinitions()
+}
+
+// forgetDefinitions removes the definitions of guests that came here and are
+// like any others now, or did not come.
+func (s *settler) forgetDefinitions() {
+	for _, name := range s.a.kept.names() {
+		switch s.a.ledger.Get(name).State {
+		case ledger.None, ledger.Gone:
+		case ledger.Owned:
+			if info, err := s.a.driver.Get(name); err != nil || info.State == qemu.StateIncoming || info.State == qemu.StateUnreachable {
+				continue // it may yet be lost with its shell
+			}
+		default:
+			continue
+		}
+		if err := s.a.kept.forget(name); err != nil {
+			s.a.log.Warn("a definition that is not needed any more stays", "guest", name, "error", err)
+		}
+	}
 }
 
 // connect lets the loops begin: the other hosts can reach this one.
@@ -89,6 +109,24 @@ func (s *settler) connect() {
 	s.mu.Unlock()
 	for _, name := range names {
 		s.kick(name)
+	}
+	s.a.wg.Go(func() { s.follow(s.a.life) })
+}
+
+// follow looks at guests again that could not be reached, once they can be.
+func (s *settler) follow(ctx context.Context) {
+	unreachable := make(map[string]bool)
+	for info := range s.a.driver.Watch(ctx) {
+		was := unreachable[info.Name]
+		unreachable[info.Name] = info.State == qemu.StateUnreachable
+		switch {
+		case info.State == qemu.StateUnreachable:
+		case was:
+			s.kick(info.Name)
+			fallthrough
+		default:
+			delete(unreachable, info.Name)
+		}
 	}
 }
 
@@ -219,6 +257,23 @@ func (s *settler) settle(ctx context.Context, name string, peer *ledger.Statemen
 	g := s.guest(name)
 	g.act.Lock()
 	defer g.act.Unlock()
+	return s.settleHeld(ctx, name, peer, g)
+}
+
+// trySettle is settle for a caller that cannot wait for its turn. It says
+// whether it was its turn.
+func (s *settler) trySettle(ctx context.Context, name string, peer *ledger.Statement) bool {
+	g := s.guest(name)
+	if !g.act.TryLock() {
+		return false
+	}
+	defer g.act.Unlock()
+	s.settleHeld(ctx, name, peer, g)
+	return true
+}
+
+// settleHeld is settle with g.act held.
+func (s *settler) settleHeld(ctx context.Context, name string, peer *ledger.Statement, g *openGuest) ledger.Decision {
 	var d ledger.Decision
 	for range maxActions {
 		// The facts before the record, for the same reason as above.

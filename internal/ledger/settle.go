@@ -102,7 +102,7 @@ func Decide(own Record, f Facts, peer *Statement) Decision {
 	case None, Gone:
 		return decideAbsent(own, f)
 	case Damaged:
-		return decide(Doubt, "this host's record of it cannot be read; `lmctl guest claim %s --force` makes it this host's, if no other host runs it; `lmctl guest destroy %s` forgets the record", own.Guest, own.Guest)
+		return decide(Doubt, "this host's record of it cannot be read; `lmctl guest claim %s --force` makes it this host's, if no other host runs it; if nothing of it is here, `lmctl guest destroy %s` forgets the record", own.Guest, own.Guest)
 	case Contested:
 		if f.Copy == RunningCopy {
 			return decide(Suspend, "another host owns it by a higher right")
