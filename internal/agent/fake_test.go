@@ -25,6 +25,8 @@ type fakeDriver struct {
 	told   []string // what was done, in order
 	// held, if set, has a migration wait in its first question until its end.
 	held chan struct{}
+	// seen, if set, is what watchers see.
+	seen chan qemu.Info
 }
 
 func (d *fakeDriver) did(format string, args ...any) {
@@ -108,8 +110,15 @@ func (d *fakeDriver) Get(name string) (qemu.Info, error) {
 func (d *fakeDriver) Watch(ctx context.Context) <-chan qemu.Info {
 	out := make(chan qemu.Info)
 	go func() {
-		<-ctx.Done()
-		close(out)
+		defer close(out)
+		for {
+			select {
+			case info := <-d.seen:
+				out <- info
+			case <-ctx.Done():
+				return
+			}
+		}
 	}()
 	return out
 }
