@@ -13,7 +13,8 @@ import (
 // they run; what is left to do with QEMU's settings and the record is done
 // behind its back, so as not to stand in the guest's pause. On an error with
 // migrate.ErrNotStarted the guest was not started and may still be; after any
-// other it may have been, and the shell holds it no more: see ShellOf.
+// other it may have been. Either way the shell then holds the guest no more, so
+// that nobody waits for this caller: see ShellOf.
 func (s *Shell) Resume(ctx context.Context) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -21,11 +22,9 @@ func (s *Shell) Resume(ctx context.Context) error {
 		return nil
 	}
 	if err := s.run(ctx); err != nil {
-		if !errors.Is(err, migrate.ErrNotStarted) {
-			s.mayHaveRun = true
-			err = errors.Join(err, s.letGo())
-			s.done()
-		}
+		s.mayHaveRun = s.mayHaveRun || !errors.Is(err, migrate.ErrNotStarted)
+		err = errors.Join(err, s.letGo())
+		s.done()
 		return fmt.Errorf("run guest %s: %w", s.v.def.Name, err)
 	}
 	s.ran = true
