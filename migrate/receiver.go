@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"sync"
@@ -210,6 +211,11 @@ func announce(ctx context.Context, s Shell) announcedMsg {
 // giveBack withdraws from a handover whose shell cannot be started.
 func (r *Receiver) giveBack(ctx context.Context, in Incoming, cause error, tell func(controlType, any)) error {
 	if err := r.Withdraw(ctx, in); err != nil {
+		// Whoever settles the guest later finds the shell by its record, and
+		// must not find it held by us.
+		if held, ok := in.Shell.(io.Closer); ok {
+			err = errors.Join(err, held.Close())
+		}
 		return errors.Join(cause, err)
 	}
 	tell(ctlWithdrawn, reasonMsg{Reason: cause.Error()})
