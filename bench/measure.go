@@ -50,7 +50,7 @@ const (
 	settleTime = 300 * time.Millisecond
 	// migrationLimit is how long a migration may take; one that does not
 	// converge ends here.
-	migrationLimit = 30 * time.Second
+	migrationLimit = 10 * time.Second
 )
 
 // measure moves a guest and watches it from outside.

@@ -3,7 +3,6 @@ package bench
 import (
 	"context"
 	"errors"
-	"fmt"
 
 	"github.com/lmctl/lmctl/internal/hypervisor/qemu"
 )
@@ -102,14 +101,19 @@ func (u *unmanaged) end(ctx context.Context, at int, o *qemu.Observer) (err erro
 	}
 	if o == nil {
 		if o, err = qemu.Observe(ctx, i.Observer); err != nil {
+			// A destination whose source has given up ends by itself.
+			if u.b.await(ctx, u.b.hosts[at], u.name, qemu.StateStopped) == nil {
+				return nil
+			}
 			return err
 		}
 		defer func() { err = errors.Join(err, o.Close()) }()
 	}
-	if err := o.Run(ctx, "quit", nil, nil); err != nil {
-		return fmt.Errorf("end QEMU on %s: %w", u.b.hosts[at], err)
+	quit := o.Run(ctx, "quit", nil, nil)
+	if err := u.b.await(ctx, u.b.hosts[at], u.name, qemu.StateStopped); err != nil {
+		return errors.Join(err, quit)
 	}
-	return u.b.await(ctx, u.b.hosts[at], u.name, qemu.StateStopped)
+	return nil // whoever ended it: it may have been about to
 }
 
 func (u *unmanaged) close(ctx context.Context) error {
