@@ -75,11 +75,11 @@ func (s *session) run(ctx context.Context) (undecided bool, err error) {
 	}
 	s.enter(DestReceiving)
 	load, err := s.receive(ctx)
+	// After the guest runs, not before: to unmap its memory takes milliseconds.
+	defer s.closeStreams()
 	if err != nil {
 		s.end(err) // before what follows from it, in case nothing came first
-	}
-	s.closeStreams()
-	if err != nil {
+		s.closeStreams()
 		return false, s.giveUp(ctx, or(ctx, err))
 	}
 	s.ready.Store(true)
