@@ -275,6 +275,31 @@ func TestCancelAnywhere(t *testing.T) {
 	unharmed(t, h, guest, plain)
 }
 
+// A migration may be broken off at any moment of its completion. The guest's
+// disks are its own again afterwards: QEMU ends at the next completion if not.
+func TestBreakOffAnywhere(t *testing.T) {
+	h := newHost(t)
+	guest := newFlatGuest(t, AcceleratorTCG, "")
+	h.startFlat(t, guest)
+	plain := readSettings(t, h, guest.name)
+	for after := time.Duration(0); after < 5*time.Millisecond; after += 50 * time.Microsecond {
+		g := h.source(t, guest.name)
+		if _, err := g.Suspend(testContext(t), io.Discard); err != nil {
+			t.Fatalf("after one broken off at %v: %v", after, err)
+		}
+		ctx, cancel := context.WithTimeout(testContext(t), after)
+		err := g.SaveState(ctx)
+		cancel()
+		if err != nil && !errors.Is(err, context.DeadlineExceeded) {
+			t.Fatalf("broken off after %v: %v", after, err)
+		}
+		if err := errors.Join(g.Resume(testContext(t)), g.Close()); err != nil {
+			t.Fatalf("broken off after %v: %v", after, err)
+		}
+	}
+	unharmed(t, h, guest, plain)
+}
+
 // unharmed checks that a guest runs on as if nothing had been.
 func unharmed(t *testing.T, h *host, g *flatGuest, plain allSettings) {
 	t.Helper()

@@ -32,6 +32,12 @@ func (g *Guest) resume(ctx context.Context) error {
 	if !suspended {
 		return nil
 	}
+	// QEMU's migration ends by this: see settle.
+	if g.stream != nil {
+		if err := g.stream.close(); err != nil {
+			return err
+		}
+	}
 	if err := g.revive(ctx); err != nil {
 		return err
 	}
@@ -39,15 +45,12 @@ func (g *Guest) resume(ctx context.Context) error {
 		return err
 	}
 	if g.stream != nil {
-		if err := g.stream.close(); err != nil {
-			return err
-		}
 		select {
 		case <-g.stream.done:
 		case <-ctx.Done():
 			return fmt.Errorf("the guest runs, but the state stream's writer does not return: %w", ctx.Err())
 		}
-		g.stream = nil
+		g.stream, g.told = nil, false
 	}
 	g.v.change(func() { g.inst.suspended = false })
 	// What came of the guest meanwhile was left to us.
@@ -58,10 +61,11 @@ func (g *Guest) resume(ctx context.Context) error {
 // revive starts the CPUs and puts back the settings.
 func (g *Guest) revive(ctx context.Context) error {
 	mon := g.v.monitor(g.inst)
-	if _, err := settle(ctx, mon); err != nil {
+	// Whoever suspended it before this agent came may have told it, too.
+	if err := settle(ctx, mon, g.told || g.stream == nil); err != nil {
 		return err
 	}
-	runstate, err := g.v.queryStatus(ctx, g.inst)
+	runstate, err := g.finalized(ctx, mon)
 	if err != nil {
 		return err
 	}
@@ -77,6 +81,25 @@ func (g *Guest) revive(ctx context.Context) error {
 		return fmt.Errorf("QEMU says it is %s, not running", runstate)
 	}
 	return g.v.restore(ctx, mon)
+}
+
+// finalized waits until the thread of a migration that is over has let go of
+// the guest, which a moment before it refuses to go on, and returns QEMU's state.
+func (g *Guest) finalized(ctx context.Context, mon *monitor) (string, error) {
+	sub := mon.subscribe() // RESUME, if the guest ran before
+	defer sub.close()
+	for {
+		runstate, err := g.v.queryStatus(ctx, g.inst)
+		if err != nil || runstate != "finish-migrate" {
+			return runstate, err
+		}
+		recheck, cancel := context.WithTimeout(ctx, recheckEvery)
+		_, err = sub.next(recheck)
+		cancel()
+		if err != nil && (ctx.Err() != nil || errors.Is(err, errMonitorClosed)) {
+			return "", fmt.Errorf("QEMU's migration is over, but it stays %s: %w", runstate, err)
+		}
+	}
 }
 
 // restore puts the migration settings back to what they were.

@@ -25,6 +25,7 @@ type Guest struct {
 	once  sync.Once
 
 	stream   *stateStream         // from Suspend on
+	told     bool                 // QEMU was told to complete its migration
 	stranded []*announce.Stranded // from Suspend to Resume or Close
 }
 

@@ -150,6 +150,7 @@ func (g *Guest) saveState(ctx context.Context) error {
 	mon := g.v.monitor(g.inst)
 	sub := mon.subscribe()
 	defer sub.close()
+	g.told = true
 	if err := mon.run(ctx, "migrate-continue", object{"state": "pre-switchover"}, nil); err != nil {
 		return err
 	}
