@@ -59,13 +59,16 @@ type place struct {
 // Own is what a contender says of a migration itself. What it does not tell is
 // zero.
 type Own struct {
+	// Downtime is from the guest being stopped until it was running again. Its
+	// clock stands still for longer where it takes time to go on, as with an
+	// emulated guest whose code is translated again.
 	Downtime time.Duration `json:"downtime_ns,omitempty"`
 	Passes   int           `json:"passes,omitempty"`
 	Reason   string        `json:"switchover_reason,omitempty"`
 	Parts    []Part        `json:"parts,omitempty"`
-	// timed says that Downtime, the sum of Parts, stands for what is seen from
-	// outside: work that is not the contender's was done in between.
-	timed bool
+	// Apart is what was done while the guest stood still and is not the
+	// contender's: it is not charged with it.
+	Apart time.Duration `json:"apart_ns,omitempty"`
 }
 
 // Part is a step of a downtime.

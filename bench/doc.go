@@ -13,6 +13,8 @@
 //     seen in the memory files of both hosts. Two figures stand beside it: the
 //     longest such gap just before, when nothing was going on, and how late the
 //     probe itself came to look;
+//   - own: the downtime by the contender's own account, from the guest being
+//     stopped until it was running;
 //   - total: from the command until the guest's process at the source has ended,
 //     the start of the process at the destination included;
 //   - bytes: what the source's network interface has sent meanwhile;

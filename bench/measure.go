@@ -21,11 +21,10 @@ type Sample struct {
 	Started     time.Time `json:"started"`
 	Source      string    `json:"source"`
 	Destination string    `json:"destination"`
-	// Downtime is the longest time in which the guest's clock did not go on.
+	// Downtime is the longest time in which the guest's clock did not go on,
+	// without what is not the contender's (Own.Apart).
 	Downtime time.Duration `json:"downtime_ns"`
-	// Seen is that time as it was seen. It differs from Downtime for a contender
-	// that is not charged with all of it.
-	Seen time.Duration `json:"seen_ns"`
+	Seen     time.Duration `json:"seen_ns"` // with it
 	// Since is when that time began, from the command on.
 	Since time.Duration `json:"since_ns"`
 	// Quiet is the longest such time just before, without a migration.
@@ -107,10 +106,8 @@ func (b *bed) measure(ctx context.Context, s subject, how travel, counter int64)
 		return sample, err
 	}
 	gap := probe.Longest()
-	sample.Downtime, sample.Seen, sample.Since, sample.Late = gap.Length, gap.Length, gap.Start.Sub(began), probe.Lateness()
-	if sample.Own.timed {
-		sample.Downtime = sample.Own.Downtime
-	}
+	sample.Seen, sample.Since, sample.Late = gap.Length, gap.Start.Sub(began), probe.Lateness()
+	sample.Downtime = sample.Seen - sample.Own.Apart
 	return sample, nil
 }
 

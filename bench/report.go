@@ -34,6 +34,7 @@ type Result struct {
 	Failed         int                          `json:"failed"`  // migrations that did not come to their end
 	Healthy        int                          `json:"healthy"` // guests that were so afterwards
 	Downtime       stats.Summary[time.Duration] `json:"downtime_ns"`
+	Own            stats.Summary[time.Duration] `json:"own_downtime_ns"` // by the contender's own account
 	Total          stats.Summary[time.Duration] `json:"total_ns"`
 	Bytes          stats.Summary[int64]         `json:"bytes"`
 	Samples        []Sample                     `json:"samples"`
@@ -49,7 +50,7 @@ type Comparison struct {
 
 // sum sums up the samples of the migrations that came to their end.
 func (r *Result) sum() {
-	var downtimes, totals []time.Duration
+	var downtimes, own, totals []time.Duration
 	var bytes []int64
 	r.Failed, r.Healthy = 0, 0
 	for _, s := range r.Samples {
@@ -61,7 +62,11 @@ func (r *Result) sum() {
 			r.Healthy++
 		}
 		downtimes, totals, bytes = append(downtimes, s.Downtime), append(totals, s.Total), append(bytes, s.Bytes)
+		if s.Own.Downtime > 0 {
+			own = append(own, s.Own.Downtime)
+		}
 	}
+	r.Own = stats.Of(own)
 	r.Downtime, r.Total, r.Bytes = stats.Of(downtimes), stats.Of(totals), stats.Of(bytes)
 }
 
@@ -76,10 +81,8 @@ func (r *Report) compare(workloads []Workload) {
 		}
 		return Result{}, false
 	}
-	add := func(what string, a, b Result) {
-		r.Comparisons = append(r.Comparisons, Comparison{
-			What: what, A: a.Downtime.Median, B: b.Downtime.Median, Ratio: stats.Ratio(a.Downtime.Median, b.Downtime.Median),
-		})
+	add := func(what string, a, b stats.Summary[time.Duration]) {
+		r.Comparisons = append(r.Comparisons, Comparison{What: what, A: a.Median, B: b.Median, Ratio: stats.Ratio(a.Median, b.Median)})
 	}
 	r.Comparisons = []Comparison{}
 	for _, w := range workloads {
@@ -89,7 +92,8 @@ func (r *Report) compare(workloads []Workload) {
 		ours, ok := find(w.Name, "lmctl")
 		floor, both := find(w.Name, "floor")
 		if ok && both {
-			add(w.Name+": lmctl to what QEMU itself needs", ours, floor)
+			add(w.Name+", stopped to running: lmctl to what QEMU itself needs", ours.Own, floor.Own)
+			add(w.Name+", from outside: lmctl to what QEMU itself needs", ours.Downtime, floor.Downtime)
 		}
 	}
 	members := families(workloads)
@@ -99,7 +103,7 @@ func (r *Report) compare(workloads []Workload) {
 			large, both := find(members[family][1].Name, c.Name)
 			if ok && both {
 				add(fmt.Sprintf("%s, %s: %s to %s", family, c.Name,
-					humanize.IBytes(uint64(large.Memory)), humanize.IBytes(uint64(small.Memory))), large, small)
+					humanize.IBytes(uint64(large.Memory)), humanize.IBytes(uint64(small.Memory))), large.Downtime, small.Downtime)
 			}
 		}
 	}

@@ -9,7 +9,7 @@ import (
 )
 
 func done(run int, downtime time.Duration) Sample {
-	return Sample{Run: run, Downtime: downtime, Total: 10 * downtime, Bytes: 1 << 20, Healthy: true}
+	return Sample{Run: run, Downtime: downtime, Own: Own{Downtime: downtime / 2}, Total: 10 * downtime, Bytes: 1 << 20, Healthy: true}
 }
 
 // sampled is a report as Run makes it, of made-up samples.
@@ -61,15 +61,18 @@ func TestSum(t *testing.T) {
 
 func TestCompare(t *testing.T) {
 	got := sampled().Comparisons
-	if len(got) != 2 {
+	if len(got) != 3 {
 		t.Fatalf("comparisons: %+v", got)
 	}
-	if got[0].Ratio != 1.5 || !strings.Contains(got[0].What, "idle-256M") {
-		t.Errorf("to the floor: %+v", got[0])
+	if c := got[0]; c.Ratio != 1.5 || c.A != 6*time.Millisecond || !strings.HasPrefix(c.What, "idle-256M, stopped to running") {
+		t.Errorf("to the floor, by their own account: %+v", c)
+	}
+	if c := got[1]; c.Ratio != 1.5 || c.A != 12*time.Millisecond || !strings.HasPrefix(c.What, "idle-256M, from outside") {
+		t.Errorf("to the floor, from outside: %+v", c)
 	}
 	// 32.5 ms is the median of the two that came to their end.
-	if c := got[1]; c.A != 32500*time.Microsecond || c.B != 12*time.Millisecond || !strings.Contains(c.What, "4.0 GiB to 256 MiB") {
-		t.Errorf("by memory: %+v", got[1])
+	if c := got[2]; c.A != 32500*time.Microsecond || c.B != 12*time.Millisecond || !strings.Contains(c.What, "4.0 GiB to 256 MiB") {
+		t.Errorf("by memory: %+v", c)
 	}
 }
 
@@ -89,7 +92,7 @@ func TestTable(t *testing.T) {
 	}
 	for line := range strings.Lines(text) {
 		if strings.HasPrefix(strings.TrimSpace(line), "floor  ") && strings.Contains(line, "8.0 ms") {
-			if got := strings.Join(strings.Fields(line), " "); got != "floor 8.0 ms 8.0 ms 9.0 ms 0.08 s 0.08 s 0.09 s 1.0 MiB 3 of 3" {
+			if got := strings.Join(strings.Fields(line), " "); got != "floor 8.0 ms 8.0 ms 9.0 ms 4.0 ms 0.08 s 0.08 s 0.09 s 1.0 MiB 3 of 3" {
 				t.Errorf("row %q", got)
 			}
 		}
@@ -129,7 +132,7 @@ func TestJSON(t *testing.T) {
 			t.Errorf("sample without %s: %v", key, got.Results[0].Samples[0])
 		}
 	}
-	if len(got.Comparisons) != 2 || got.Comparisons[0]["ratio"] != 1.5 {
+	if len(got.Comparisons) != 3 || got.Comparisons[0]["ratio"] != 1.5 {
 		t.Errorf("comparisons: %v", got.Comparisons)
 	}
 }

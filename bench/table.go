@@ -31,7 +31,7 @@ func (r *Report) WriteTable(w io.Writer) error {
 				return err
 			}
 			fmt.Fprintf(w, "\n%s: %s, %s, %s\n", x.Workload, x.WorkloadTitle, humanize.IBytes(uint64(x.Memory)), x.Accelerator)
-			fmt.Fprintln(t, "\tdowntime\tmin\tmax\ttotal\tmin\tmax\tsent\thealthy\t")
+			fmt.Fprintln(t, "\tdowntime\tmin\tmax\town\ttotal\tmin\tmax\tsent\thealthy\t")
 		}
 		fmt.Fprintln(t, strings.Join(x.row(), "\t")+"\t")
 	}
@@ -46,6 +46,7 @@ func (r *Result) row() []string {
 	done := len(r.Samples) - r.Failed
 	row := []string{r.Contender}
 	row = append(row, cells(r.Downtime, ms)...)
+	row = append(row, cells(r.Own, ms)[0])
 	row = append(row, cells(r.Total, brief)...)
 	sent := "-"
 	if r.Bytes.N > 0 {
