@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/lmctl/lmctl/guest/linux"
+	"github.com/lmctl/lmctl/internal/hypervisor"
 	"github.com/lmctl/lmctl/internal/hypervisor/qemu"
 	"github.com/lmctl/lmctl/internal/lab"
 )
@@ -76,7 +77,7 @@ func (b *bed) close() error {
 const patience = 20 * time.Second
 
 // await waits until a guest of the bench's own is in one of the states.
-func (b *bed) await(ctx context.Context, host, name string, states ...qemu.State) error {
+func (b *bed) await(ctx context.Context, host, name string, states ...hypervisor.State) error {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	for i := range b.drivers[host].Watch(ctx) {

@@ -10,6 +10,7 @@ import (
 
 	"github.com/lmctl/lmctl/internal/api"
 	"github.com/lmctl/lmctl/internal/api/lmctlv1"
+	"github.com/lmctl/lmctl/internal/hypervisor"
 	"github.com/lmctl/lmctl/internal/hypervisor/qemu"
 	"github.com/lmctl/lmctl/migrate"
 )
@@ -62,16 +63,16 @@ func (m *managed) place() place { return m.placeAt(m.at) }
 func (m *managed) next() place  { return m.placeAt(otherHost(m.at)) }
 
 func (m *managed) pause(ctx context.Context) error {
-	return m.command(ctx, "stop", qemu.StatePaused)
+	return m.command(ctx, "stop", hypervisor.StatePaused)
 }
 
 func (m *managed) resume(ctx context.Context) error {
-	return m.command(ctx, "cont", qemu.StateRunning)
+	return m.command(ctx, "cont", hypervisor.StateRunning)
 }
 
 // command gives QEMU a command behind the agent's back, and waits until the
 // agent has seen what came of it.
-func (m *managed) command(ctx context.Context, command string, state qemu.State) error {
+func (m *managed) command(ctx context.Context, command string, state hypervisor.State) error {
 	g, err := m.agents[m.at].Guests.Show(ctx, &lmctlv1.GuestRequest{Name: m.name})
 	if err != nil {
 		return err
@@ -151,7 +152,7 @@ func (m *managed) close(ctx context.Context) error {
 		req := &lmctlv1.GuestRequest{Name: m.name}
 		g, err := c.Guests.Show(ctx, req)
 		if err == nil {
-			if g.State != string(qemu.StateStopped) {
+			if g.State != string(hypervisor.StateStopped) {
 				_, err = c.Guests.Destroy(ctx, req)
 			}
 			if err == nil {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 
+	"github.com/lmctl/lmctl/internal/hypervisor"
 	"github.com/lmctl/lmctl/internal/hypervisor/qemu"
 )
 
@@ -89,7 +90,7 @@ func (u *unmanaged) move(ctx context.Context, how travel) (Own, error) {
 	}
 	err = u.source.Close()
 	u.at, u.source = to, destination
-	return own, errors.Join(err, u.b.await(ctx, u.b.hosts[to], u.name, qemu.StateRunning))
+	return own, errors.Join(err, u.b.await(ctx, u.b.hosts[to], u.name, hypervisor.StateRunning))
 }
 
 // end has the QEMU on a host quit, if there is one, and waits until nothing of
@@ -102,7 +103,7 @@ func (u *unmanaged) end(ctx context.Context, at int, o *qemu.Observer) (err erro
 	if o == nil {
 		if o, err = qemu.Observe(ctx, i.Observer); err != nil {
 			// A destination whose source has given up ends by itself.
-			if u.b.await(ctx, u.b.hosts[at], u.name, qemu.StateStopped) == nil {
+			if u.b.await(ctx, u.b.hosts[at], u.name, hypervisor.StateStopped) == nil {
 				return nil
 			}
 			return err
@@ -110,7 +111,7 @@ func (u *unmanaged) end(ctx context.Context, at int, o *qemu.Observer) (err erro
 		defer func() { err = errors.Join(err, o.Close()) }()
 	}
 	quit := o.Run(ctx, "quit", nil, nil)
-	if err := u.b.await(ctx, u.b.hosts[at], u.name, qemu.StateStopped); err != nil {
+	if err := u.b.await(ctx, u.b.hosts[at], u.name, hypervisor.StateStopped); err != nil {
 		return errors.Join(err, quit)
 	}
 	return nil // whoever ended it: it may have been about to
@@ -126,7 +127,7 @@ func (u *unmanaged) close(ctx context.Context) error {
 		// One that a failed migration left does not always leave its observer
 		// free: it may still serve the connection that is being closed.
 		errs = append(errs, u.end(ctx, at, nil))
-		if err := u.driver(at).Undefine(u.name); err != nil && !errors.Is(err, qemu.ErrNotFound) {
+		if err := u.driver(at).Undefine(u.name); err != nil && !errors.Is(err, hypervisor.ErrNotFound) {
 			errs = append(errs, err)
 		}
 	}
@@ -136,7 +137,7 @@ func (u *unmanaged) close(ctx context.Context) error {
 func notFoundIsFine(errs []error) error {
 	var real []error
 	for _, err := range errs {
-		if err != nil && !errors.Is(err, qemu.ErrNotFound) {
+		if err != nil && !errors.Is(err, hypervisor.ErrNotFound) {
 			real = append(real, err)
 		}
 	}

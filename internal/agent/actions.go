@@ -7,7 +7,7 @@ import (
 	"io"
 	"time"
 
-	"github.com/lmctl/lmctl/internal/hypervisor/qemu"
+	"github.com/lmctl/lmctl/internal/hypervisor"
 	"github.com/lmctl/lmctl/internal/ledger"
 	"github.com/lmctl/lmctl/migrate"
 )
@@ -105,7 +105,7 @@ func (s *settler) run(ctx context.Context, r ledger.Record, f ledger.Facts, g *o
 
 // shell is the shell of a record: the one that the receiver left, or the one
 // that an earlier agent did.
-func (s *settler) shell(r ledger.Record, g *openGuest) (migrate.Incoming, foundShell, error) {
+func (s *settler) shell(r ledger.Record, g *openGuest) (migrate.Incoming, hypervisor.Shell, error) {
 	s.mu.Lock()
 	in := g.shell
 	s.mu.Unlock()
@@ -149,14 +149,14 @@ func (s *settler) ownCrashed(ctx context.Context, r ledger.Record, g *openGuest)
 // restoreDefinition defines a guest again that the driver has forgotten
 // together with its shell.
 func (s *settler) restoreDefinition(guest string) error {
-	if _, err := s.a.driver.Get(guest); !errors.Is(err, qemu.ErrNotFound) {
+	if _, err := s.a.driver.Get(guest); !errors.Is(err, hypervisor.ErrNotFound) {
 		return err
 	}
 	uuid := s.a.ledger.Get(guest).UUID
 	text, ok := s.a.kept.get(guest)
 	if ok {
-		def, err := qemu.ParseDefinition(text)
-		ok = err == nil && def.UUID == uuid
+		_, of, err := s.a.driver.Identify(text)
+		ok = err == nil && of == uuid
 	}
 	if !ok {
 		return fmt.Errorf("agent: guest %s is not defined on this host and its definition was not kept: `lmctl guest define` it again, with UUID %s", guest, uuid)
@@ -175,11 +175,11 @@ func (s *settler) endShell(ctx context.Context, guest string, g *openGuest) erro
 		return errors.Join(err, s.dropShell(g))
 	}
 	found, _, err := s.a.driver.ShellOf(guest)
-	var state *qemu.StateError
+	var state *hypervisor.StateError
 	switch {
-	case errors.Is(err, qemu.ErrNotFound):
+	case errors.Is(err, hypervisor.ErrNotFound):
 		return nil
-	case errors.As(err, &state) && state.State == qemu.StateStopped:
+	case errors.As(err, &state) && state.State == hypervisor.StateStopped:
 		return s.removeCopy(ctx, guest) // its process has ended
 	}
 	if err != nil {
@@ -214,7 +214,7 @@ func (s *settler) drop(ctx context.Context, r ledger.Record, f ledger.Facts, g *
 // not touch one whose vCPUs run.
 func (s *settler) removeCopy(ctx context.Context, guest string) error {
 	info, err := s.a.driver.Get(guest)
-	if errors.Is(err, qemu.ErrNotFound) {
+	if errors.Is(err, hypervisor.ErrNotFound) {
 		return nil
 	}
 	if err != nil {

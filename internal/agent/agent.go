@@ -19,6 +19,7 @@ import (
 	"github.com/lmctl/lmctl/dirtymap"
 	"github.com/lmctl/lmctl/internal/api"
 	"github.com/lmctl/lmctl/internal/api/lmctlv1"
+	"github.com/lmctl/lmctl/internal/hypervisor"
 	"github.com/lmctl/lmctl/internal/ledger"
 	"github.com/lmctl/lmctl/internal/pki"
 	"github.com/lmctl/lmctl/migrate"
@@ -34,7 +35,7 @@ type Agent struct {
 	lock     *os.File // of the state folder
 	identity *pki.Identity
 	ledger   *ledger.Ledger
-	driver   driver
+	driver   hypervisor.Driver
 	receiver *migrate.Receiver
 	sender   *migrate.Sender
 	metrics  *metrics
@@ -55,7 +56,7 @@ func New(ctx context.Context, cfg Config, version string, log *slog.Logger) (_ *
 	return newAgent(ctx, cfg, version, log, (*Agent).newDriver)
 }
 
-func newAgent(ctx context.Context, cfg Config, version string, log *slog.Logger, makeDriver func(*Agent) (driver, error)) (_ *Agent, err error) {
+func newAgent(ctx context.Context, cfg Config, version string, log *slog.Logger, makeDriver func(*Agent) (hypervisor.Driver, error)) (_ *Agent, err error) {
 	a := &Agent{cfg: cfg, version: version, log: log.With("host", cfg.Name), began: time.Now()}
 	a.life, a.cancel = context.WithCancel(context.WithoutCancel(ctx))
 	defer func() {

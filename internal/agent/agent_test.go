@@ -15,7 +15,7 @@ import (
 
 	"github.com/lmctl/lmctl/internal/api"
 	"github.com/lmctl/lmctl/internal/api/lmctlv1"
-	"github.com/lmctl/lmctl/internal/hypervisor/qemu"
+	"github.com/lmctl/lmctl/internal/hypervisor"
 	"github.com/lmctl/lmctl/internal/ledger"
 	"github.com/lmctl/lmctl/internal/pki"
 	"github.com/lmctl/lmctl/migrate"
@@ -157,7 +157,7 @@ func TestOneAgentForAStateFolder(t *testing.T) {
 	s := newSite(t, "alpha")
 	cfg := s.config("alpha")
 	s.agent(cfg, newFake())
-	_, err := newAgent(t.Context(), cfg, "test", slog.New(slog.DiscardHandler), func(*Agent) (driver, error) { return newFake(), nil })
+	_, err := newAgent(t.Context(), cfg, "test", slog.New(slog.DiscardHandler), func(*Agent) (hypervisor.Driver, error) { return newFake(), nil })
 	if err == nil || !strings.Contains(err.Error(), "another agent has the state folder") {
 		t.Fatalf("a second agent: %v", err)
 	}
@@ -167,7 +167,7 @@ func TestCertificateMustBeThisHosts(t *testing.T) {
 	s := newSite(t, "alpha", "beta")
 	cfg := s.config("alpha")
 	cfg.Name = "gamma"
-	_, err := newAgent(t.Context(), cfg, "test", slog.New(slog.DiscardHandler), func(*Agent) (driver, error) { return newFake(), nil })
+	_, err := newAgent(t.Context(), cfg, "test", slog.New(slog.DiscardHandler), func(*Agent) (hypervisor.Driver, error) { return newFake(), nil })
 	if err == nil || !strings.Contains(err.Error(), "is for host alpha, but this is host gamma") {
 		t.Fatalf("agent with another host's certificate: %v", err)
 	}
@@ -314,9 +314,9 @@ func TestAgentsSettle(t *testing.T) {
 			ctx := t.Context()
 			s := newSite(t, "alpha", "beta")
 			da, db := newFake(), newFake()
-			da.set("g", func(i *qemu.Info) { i.State, i.PID, i.Suspended = qemu.StateMigrating, 1, true })
+			da.set("g", func(i *hypervisor.Info) { i.State, i.PID, i.Suspended = hypervisor.StateMigrating, 1, true })
 			if tc.shell {
-				db.set("g", func(i *qemu.Info) { i.State, i.PID = qemu.StateIncoming, 1 })
+				db.set("g", func(i *hypervisor.Info) { i.State, i.PID = hypervisor.StateIncoming, 1 })
 			}
 			ca, cb := s.config("alpha"), s.config("beta")
 			prepareLedger(t, ca, func(l *ledger.Ledger) error {
@@ -386,7 +386,7 @@ func TestOutrankedCopyIsKept(t *testing.T) {
 	ctx := t.Context()
 	s := newSite(t, "alpha", "beta")
 	d := newFake()
-	d.set("g", func(i *qemu.Info) { i.State, i.PID = qemu.StateRunning, 1 })
+	d.set("g", func(i *hypervisor.Info) { i.State, i.PID = hypervisor.StateRunning, 1 })
 	cfg := s.config("alpha")
 	prepareLedger(t, cfg, func(l *ledger.Ledger) error { return l.Define(ctx, "g", "uuid-g") })
 	a := s.agent(cfg, d)

@@ -208,10 +208,8 @@ func hostBridges(needed bool) *lmctlv1.CheckLine {
 func (a *Agent) checkBridges() []*lmctlv1.CheckLine {
 	users := make(map[string][]string)
 	for _, info := range a.driver.List() {
-		for _, nic := range info.Definition.NICs {
-			if !slices.Contains(users[nic.Bridge], info.Name) {
-				users[nic.Bridge] = append(users[nic.Bridge], info.Name)
-			}
+		for _, bridge := range info.Bridges {
+			users[bridge] = append(users[bridge], info.Name)
 		}
 	}
 	lines := []*lmctlv1.CheckLine{hostBridges(len(users) > 0)}

@@ -1,51 +1,19 @@
 package agent
 
 import (
-	"context"
 	"errors"
 	"fmt"
-	"time"
 
 	"github.com/lmctl/lmctl/dirtymap"
+	"github.com/lmctl/lmctl/internal/hypervisor"
 	"github.com/lmctl/lmctl/internal/hypervisor/qemu"
 	"github.com/lmctl/lmctl/internal/ledger"
-	"github.com/lmctl/lmctl/migrate"
 )
-
-// driver is what the agent needs of a hypervisor. See package qemu for what
-// each method promises.
-type driver interface {
-	migrate.Host
-	Adopt(ctx context.Context) error
-	Close() error
-	Define(text []byte) (*qemu.Definition, error)
-	Undefine(name string) error
-	Start(ctx context.Context, name string) error
-	Stop(ctx context.Context, name string, timeout time.Duration) error
-	Destroy(ctx context.Context, name string) error
-	List() []qemu.Info
-	Get(name string) (qemu.Info, error)
-	Watch(ctx context.Context) <-chan qemu.Info
-	Source(name string) (sourceGuest, error)
-	ShellOf(name string) (foundShell, bool, error)
-}
-
-// sourceGuest is a guest held for one migration.
-type sourceGuest interface {
-	migrate.Guest
-	Close() error
-}
-
-// foundShell is the shell of an earlier agent.
-type foundShell interface {
-	migrate.Shell
-	Close() error
-}
 
 // qemuDriver is the embedded hypervisor.
 type qemuDriver struct{ *qemu.Driver }
 
-func (d qemuDriver) Source(name string) (sourceGuest, error) {
+func (d qemuDriver) Source(name string) (hypervisor.Source, error) {
 	g, err := d.Driver.Source(name)
 	if err != nil {
 		return nil, err
@@ -53,7 +21,7 @@ func (d qemuDriver) Source(name string) (sourceGuest, error) {
 	return g, nil
 }
 
-func (d qemuDriver) ShellOf(name string) (foundShell, bool, error) {
+func (d qemuDriver) ShellOf(name string) (hypervisor.Shell, bool, error) {
 	s, ran, err := d.Driver.ShellOf(name)
 	if err != nil {
 		return nil, false, err
@@ -62,7 +30,7 @@ func (d qemuDriver) ShellOf(name string) (foundShell, bool, error) {
 }
 
 // newDriver makes the driver that the configuration asks for.
-func (a *Agent) newDriver() (driver, error) {
+func (a *Agent) newDriver() (hypervisor.Driver, error) {
 	d, err := qemu.New(qemu.Config{
 		StateDir: a.cfg.StateDir, RunDir: a.cfg.RunDir, MemoryDir: a.cfg.MemoryDir,
 		MemoryReserve: int64(a.cfg.MemoryReserve), Log: a.log,
@@ -79,13 +47,13 @@ func (a *Agent) newDriver() (driver, error) {
 func (a *Agent) copyOf(name string) (c ledger.Copy, shell bool) {
 	info, err := a.driver.Get(name)
 	switch {
-	case err == nil && info.State == qemu.StateUnreachable:
+	case err == nil && info.State == hypervisor.StateUnreachable:
 		return ledger.UnknownCopy, false
 	case err != nil || info.PID == 0:
 		return ledger.NoCopy, false
-	case info.State == qemu.StateIncoming:
+	case info.State == hypervisor.StateIncoming:
 		return ledger.PausedCopy, true
-	case info.Suspended || info.State == qemu.StateMigrating:
+	case info.Suspended || info.State == hypervisor.StateMigrating:
 		return ledger.PausedCopy, false
 	}
 	return ledger.RunningCopy, false
@@ -95,7 +63,7 @@ func (a *Agent) copyOf(name string) (c ledger.Copy, shell bool) {
 // agent that died may have left there.
 func (a *Agent) cleanTrackers() {
 	for _, info := range a.driver.List() {
-		if info.PID == 0 || info.State == qemu.StateIncoming || info.State == qemu.StateUnreachable {
+		if info.PID == 0 || info.State == hypervisor.StateIncoming || info.State == hypervisor.StateUnreachable {
 			continue
 		}
 		if err := a.cleanTracker(info.Name); err != nil && !errors.Is(err, dirtymap.ErrUnsupported) {

@@ -10,6 +10,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/lmctl/lmctl/internal/api"
+	"github.com/lmctl/lmctl/internal/hypervisor"
 	"github.com/lmctl/lmctl/internal/hypervisor/qemu"
 	"github.com/lmctl/lmctl/internal/ledger"
 	"github.com/lmctl/lmctl/migrate"
@@ -73,21 +74,21 @@ func operationOf(method string) string {
 func codeOf(err error) codes.Code {
 	var (
 		bad   *qemu.DefinitionError
-		busy  *qemu.BusyError
-		state *qemu.StateError
+		busy  *hypervisor.BusyError
+		state *hypervisor.StateError
 		owner *ledger.StateError
 		refus *migrate.Refusal
 	)
 	switch {
-	case errors.Is(err, qemu.ErrNotFound):
+	case errors.Is(err, hypervisor.ErrNotFound):
 		return codes.NotFound
-	case errors.Is(err, qemu.ErrExists):
+	case errors.Is(err, hypervisor.ErrExists):
 		return codes.AlreadyExists
 	case errors.As(err, &bad):
 		return codes.InvalidArgument
 	case errors.As(err, &busy), errors.As(err, &state), errors.As(err, &owner), errors.As(err, &refus):
 		return codes.FailedPrecondition
-	case errors.Is(err, qemu.ErrStillRunning), errors.Is(err, context.DeadlineExceeded):
+	case errors.Is(err, hypervisor.ErrStillRunning), errors.Is(err, context.DeadlineExceeded):
 		return codes.DeadlineExceeded
 	case errors.Is(err, context.Canceled):
 		return codes.Canceled

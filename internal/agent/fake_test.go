@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/lmctl/lmctl/internal/api"
+	"github.com/lmctl/lmctl/internal/hypervisor"
 	"github.com/lmctl/lmctl/internal/hypervisor/qemu"
 	"github.com/lmctl/lmctl/internal/pki"
 	"github.com/lmctl/lmctl/migrate"
@@ -21,12 +22,12 @@ import (
 // be brought into.
 type fakeDriver struct {
 	mu     sync.Mutex
-	guests map[string]*qemu.Info
+	guests map[string]*hypervisor.Info
 	told   []string // what was done, in order
 	// held, if set, has a migration wait in its first question until its end.
 	held chan struct{}
 	// seen, if set, is what watchers see.
-	seen chan qemu.Info
+	seen chan hypervisor.Info
 }
 
 func (d *fakeDriver) did(format string, args ...any) {
@@ -41,12 +42,12 @@ func (d *fakeDriver) history() []string {
 	return append([]string(nil), d.told...)
 }
 
-func (d *fakeDriver) set(name string, change func(*qemu.Info)) {
+func (d *fakeDriver) set(name string, change func(*hypervisor.Info)) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	info := d.guests[name]
 	if info == nil {
-		info = &qemu.Info{Name: name, UUID: "uuid-" + name, State: qemu.StateStopped}
+		info = &hypervisor.Info{Name: name, UUID: "uuid-" + name, State: hypervisor.StateStopped}
 		d.guests[name] = info
 	}
 	change(info)
@@ -61,13 +62,30 @@ func (d *fakeDriver) remove(name string) {
 func (d *fakeDriver) Adopt(context.Context) error { return nil }
 func (d *fakeDriver) Close() error                { return nil }
 
-func (d *fakeDriver) Define(text []byte) (*qemu.Definition, error) {
+func (d *fakeDriver) Define(text []byte) (hypervisor.Info, error) {
+	name, uuid, err := d.Identify(text)
+	if err != nil {
+		return hypervisor.Info{}, err
+	}
+	d.set(name, func(i *hypervisor.Info) { i.UUID = uuid })
+	return d.Get(name)
+}
+
+func (d *fakeDriver) Identify(text []byte) (name, uuid string, err error) {
 	def, err := qemu.ParseDefinition(text)
+	if err != nil {
+		return "", "", err
+	}
+	return def.Name, def.UUID, nil
+}
+
+func (d *fakeDriver) Definition(name string) ([]byte, error) {
+	i, err := d.Get(name)
 	if err != nil {
 		return nil, err
 	}
-	d.set(def.Name, func(i *qemu.Info) { i.UUID, i.Definition = def.UUID, *def })
-	return def, nil
+	def := qemu.Definition{Name: i.Name, UUID: i.UUID, Memory: 1 << 20, VCPUs: 1}
+	return def.YAML()
 }
 
 func (d *fakeDriver) Undefine(name string) error {
@@ -77,38 +95,40 @@ func (d *fakeDriver) Undefine(name string) error {
 }
 
 func (d *fakeDriver) Start(_ context.Context, name string) error {
-	d.set(name, func(i *qemu.Info) { i.State, i.PID = qemu.StateRunning, 1 })
+	d.set(name, func(i *hypervisor.Info) { i.State, i.PID = hypervisor.StateRunning, 1 })
 	return nil
 }
 
-func (d *fakeDriver) Stop(context.Context, string, time.Duration) error { return qemu.ErrStillRunning }
+func (d *fakeDriver) Stop(context.Context, string, time.Duration) error {
+	return hypervisor.ErrStillRunning
+}
 
 func (d *fakeDriver) Destroy(_ context.Context, name string) error {
-	d.set(name, func(i *qemu.Info) { i.State, i.PID = qemu.StateStopped, 0 })
+	d.set(name, func(i *hypervisor.Info) { i.State, i.PID = hypervisor.StateStopped, 0 })
 	return nil
 }
 
-func (d *fakeDriver) List() []qemu.Info {
+func (d *fakeDriver) List() []hypervisor.Info {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	var all []qemu.Info
+	var all []hypervisor.Info
 	for _, i := range d.guests {
 		all = append(all, *i)
 	}
 	return all
 }
 
-func (d *fakeDriver) Get(name string) (qemu.Info, error) {
+func (d *fakeDriver) Get(name string) (hypervisor.Info, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if i := d.guests[name]; i != nil {
 		return *i, nil
 	}
-	return qemu.Info{}, fmt.Errorf("guest %s: %w", name, qemu.ErrNotFound)
+	return hypervisor.Info{}, fmt.Errorf("guest %s: %w", name, hypervisor.ErrNotFound)
 }
 
-func (d *fakeDriver) Watch(ctx context.Context) <-chan qemu.Info {
-	out := make(chan qemu.Info)
+func (d *fakeDriver) Watch(ctx context.Context) <-chan hypervisor.Info {
+	out := make(chan hypervisor.Info)
 	go func() {
 		defer close(out)
 		for {
@@ -127,14 +147,14 @@ func (d *fakeDriver) Prepare(context.Context, migrate.Offer) (migrate.Shell, err
 	return nil, &migrate.Refusal{Reasons: []string{"this host is a fake"}}
 }
 
-func (d *fakeDriver) Source(name string) (sourceGuest, error) {
+func (d *fakeDriver) Source(name string) (hypervisor.Source, error) {
 	if _, err := d.Get(name); err != nil {
 		return nil, err
 	}
 	return &fakeGuest{d: d, name: name}, nil
 }
 
-func (d *fakeDriver) ShellOf(name string) (foundShell, bool, error) {
+func (d *fakeDriver) ShellOf(name string) (hypervisor.Shell, bool, error) {
 	if _, err := d.Get(name); err != nil {
 		return nil, false, err
 	}
@@ -165,13 +185,13 @@ func (g *fakeGuest) Process() migrate.Process { return migrate.Process{PID: -1, 
 
 func (g *fakeGuest) Resume(context.Context) error {
 	g.d.did("resume %s", g.name)
-	g.d.set(g.name, func(i *qemu.Info) { i.State, i.Suspended = qemu.StateRunning, false })
+	g.d.set(g.name, func(i *hypervisor.Info) { i.State, i.Suspended = hypervisor.StateRunning, false })
 	return nil
 }
 
 func (g *fakeGuest) Suspend(context.Context, io.Writer) (time.Time, error) {
 	g.d.did("suspend %s", g.name)
-	g.d.set(g.name, func(i *qemu.Info) { i.State, i.Suspended = qemu.StateMigrating, true })
+	g.d.set(g.name, func(i *hypervisor.Info) { i.State, i.Suspended = hypervisor.StateMigrating, true })
 	return time.Now(), nil
 }
 
@@ -194,7 +214,7 @@ func (s *fakeShell) Lost() <-chan struct{}                      { return s.lost 
 func (s *fakeShell) Close() error                               { return nil }
 func (s *fakeShell) Resume(context.Context) error {
 	s.d.did("run %s", s.name)
-	s.d.set(s.name, func(i *qemu.Info) { i.State = qemu.StateRunning })
+	s.d.set(s.name, func(i *hypervisor.Info) { i.State = hypervisor.StateRunning })
 	return nil
 }
 
@@ -270,7 +290,7 @@ func (s *site) config(host string) Config {
 // agent makes an agent with a fake driver that does not serve yet.
 func (s *site) agent(cfg Config, d *fakeDriver) *Agent {
 	s.t.Helper()
-	a, err := newAgent(s.t.Context(), cfg, "test", slog.New(slog.DiscardHandler), func(*Agent) (driver, error) { return d, nil })
+	a, err := newAgent(s.t.Context(), cfg, "test", slog.New(slog.DiscardHandler), func(*Agent) (hypervisor.Driver, error) { return d, nil })
 	if err != nil {
 		s.t.Fatal(err)
 	}
@@ -326,4 +346,4 @@ func (s *site) client(t api.Target) *api.Client {
 	return c
 }
 
-func newFake() *fakeDriver { return &fakeDriver{guests: make(map[string]*qemu.Info)} }
+func newFake() *fakeDriver { return &fakeDriver{guests: make(map[string]*hypervisor.Info)} }

@@ -12,7 +12,7 @@ import (
 
 	"github.com/lmctl/lmctl/internal/api"
 	"github.com/lmctl/lmctl/internal/api/lmctlv1"
-	"github.com/lmctl/lmctl/internal/hypervisor/qemu"
+	"github.com/lmctl/lmctl/internal/hypervisor"
 	"github.com/lmctl/lmctl/internal/ledger"
 )
 
@@ -102,7 +102,7 @@ func (s *guestService) giveUp(ctx context.Context, name string) (*lmctlv1.Guest,
 		return nil, err
 	}
 	s.a.settler.kick(name)
-	return &lmctlv1.Guest{Name: name, Host: s.a.cfg.Name, State: string(qemu.StateRemoved)}, nil
+	return &lmctlv1.Guest{Name: name, Host: s.a.cfg.Name, State: string(hypervisor.StateRemoved)}, nil
 }
 
 // discard removes what is left of a guest that was on its way here, or that
@@ -114,7 +114,7 @@ func (s *guestService) discard(ctx context.Context, name string) (*lmctlv1.Guest
 		return nil, err
 	}
 	s.a.settler.kick(name)
-	return &lmctlv1.Guest{Name: name, Host: s.a.cfg.Name, State: string(qemu.StateRemoved)}, nil
+	return &lmctlv1.Guest{Name: name, Host: s.a.cfg.Name, State: string(hypervisor.StateRemoved)}, nil
 }
 
 // Undefine implements lmctlv1.GuestsServer.
@@ -169,7 +169,7 @@ func (s *guestService) List(context.Context, *lmctlv1.ListGuestsRequest) (*lmctl
 	// A guest in doubt may have nothing here but its record.
 	for _, r := range s.a.ledger.List() {
 		if _, open := s.a.settler.doubt(r.Guest); open && !seen[r.Guest] {
-			out.Guests = append(out.Guests, s.toWire(qemu.Info{Name: r.Guest, UUID: r.UUID}))
+			out.Guests = append(out.Guests, s.toWire(hypervisor.Info{Name: r.Guest, UUID: r.UUID}))
 		}
 	}
 	return out, nil
@@ -187,11 +187,11 @@ func (s *guestService) show(name string) (*lmctlv1.Guest, error) {
 			return nil, err
 		}
 		r := s.a.ledger.Get(name)
-		info = qemu.Info{Name: name, UUID: r.UUID}
+		info = hypervisor.Info{Name: name, UUID: r.UUID}
 	}
 	g := s.toWire(info)
 	if err == nil {
-		if g.Definition, err = info.Definition.YAML(); err != nil {
+		if g.Definition, err = s.a.driver.Definition(name); err != nil {
 			return nil, err
 		}
 	}
@@ -207,7 +207,7 @@ func (s *guestService) Watch(in *lmctlv1.WatchGuestsRequest, stream grpc.ServerS
 			continue
 		}
 		e := &lmctlv1.GuestEvent{Guest: &lmctlv1.Guest{Name: info.Name, Host: s.a.cfg.Name}, Removed: true}
-		if info.State != qemu.StateRemoved {
+		if info.State != hypervisor.StateRemoved {
 			e = &lmctlv1.GuestEvent{Guest: s.toWire(info)}
 		}
 		if err := stream.Send(e); err != nil {
@@ -228,11 +228,11 @@ func (s *guestService) Claim(ctx context.Context, in *lmctlv1.ClaimRequest) (*lm
 	return s.show(in.GetName())
 }
 
-func (s *guestService) toWire(info qemu.Info) *lmctlv1.Guest {
+func (s *guestService) toWire(info hypervisor.Info) *lmctlv1.Guest {
 	g := &lmctlv1.Guest{
 		Name: info.Name, Uuid: info.UUID, Host: s.a.cfg.Name, State: string(info.State), Busy: info.Busy,
-		Runstate: info.Runstate, Pid: int32(info.PID), MemoryBytes: int64(info.Definition.Memory), Vcpus: int32(info.Definition.VCPUs),
-		Machine: info.Machine, Accelerator: string(info.Accelerator), Cpu: info.CPU, HypervisorVersion: info.Version,
+		Runstate: info.Runstate, Pid: int32(info.PID), MemoryBytes: info.Memory, Vcpus: int32(info.VCPUs),
+		Machine: info.Machine, Accelerator: info.Accelerator, Cpu: info.CPU, HypervisorVersion: info.Version,
 		LogPath: info.LogPath, ConsolePath: info.ConsolePath, ConsoleLog: info.ConsoleLog, Observer: info.Observer,
 	}
 	if !info.Started.IsZero() {
@@ -250,8 +250,8 @@ func (s *guestService) toWire(info qemu.Info) *lmctlv1.Guest {
 	}
 	if mv := s.a.moves.of(info.Name); mv != nil {
 		g.Migration = mv.id
-		if info.State == qemu.StateRunning || info.State == qemu.StatePaused {
-			g.State = string(qemu.StateMigrating)
+		if info.State == hypervisor.StateRunning || info.State == hypervisor.StatePaused {
+			g.State = string(hypervisor.StateMigrating)
 		}
 	} else if reason, open := s.a.settler.doubt(info.Name); open && !incoming {
 		g.State, g.Advice = stateInDoubt, reason

@@ -21,7 +21,7 @@ import (
 
 	"github.com/lmctl/lmctl/internal/api"
 	"github.com/lmctl/lmctl/internal/api/lmctlv1"
-	"github.com/lmctl/lmctl/internal/hypervisor/qemu"
+	"github.com/lmctl/lmctl/internal/hypervisor"
 )
 
 // hostService is what operators may ask about hosts.
@@ -110,7 +110,7 @@ func (a *Agent) hostFacts(ctx context.Context) *lmctlv1.Host {
 	}
 	for _, info := range a.driver.List() {
 		h.Guests++
-		if info.State == qemu.StateRunning {
+		if info.State == hypervisor.StateRunning {
 			h.GuestsRunning++
 		}
 	}

@@ -244,13 +244,9 @@ func (h keepingHost) Prepare(ctx context.Context, offer migrate.Offer) (migrate.
 }
 
 func (h keepingHost) keep(guest string) error {
-	info, err := h.a.driver.Get(guest)
+	text, err := h.a.driver.Definition(guest)
 	if err != nil {
 		return fmt.Errorf("agent: definition of guest %s: %w", guest, err)
-	}
-	text, err := info.Definition.YAML()
-	if err != nil {
-		return fmt.Errorf("agent: %w", err)
 	}
 	return h.a.kept.keep(guest, text)
 }

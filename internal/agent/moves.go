@@ -17,6 +17,7 @@ import (
 	"google.golang.org/grpc/codes"
 
 	"github.com/lmctl/lmctl/internal/api"
+	"github.com/lmctl/lmctl/internal/hypervisor"
 	"github.com/lmctl/lmctl/migrate"
 )
 
@@ -157,7 +158,7 @@ func (m *moves) unregister(mv *move) {
 }
 
 // run takes a migration to its end and hands what is in doubt to the settler.
-func (m *moves) run(ctx context.Context, mv *move, held sourceGuest, opts migrate.Options) {
+func (m *moves) run(ctx context.Context, mv *move, held hypervisor.Source, opts migrate.Options) {
 	log := m.a.log.With("guest", mv.guest, "migration", mv.id, "destination", mv.destination)
 	log.Info("migration begins")
 	report, err := m.a.sender.Migrate(ctx, migrate.Job{

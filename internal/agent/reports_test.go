@@ -10,7 +10,7 @@ import (
 	"time"
 
 	"github.com/lmctl/lmctl/internal/api/lmctlv1"
-	"github.com/lmctl/lmctl/internal/hypervisor/qemu"
+	"github.com/lmctl/lmctl/internal/hypervisor"
 	"github.com/lmctl/lmctl/internal/ledger"
 	"github.com/lmctl/lmctl/migrate"
 )
@@ -77,14 +77,14 @@ func TestReportsInDoubtAreSettled(t *testing.T) {
 			ctx := t.Context()
 			s := newSite(t, "alpha", "beta")
 			da, db := newFake(), newFake()
-			da.set("g", func(i *qemu.Info) { i.State, i.PID, i.Suspended = qemu.StateMigrating, 1, true })
+			da.set("g", func(i *hypervisor.Info) { i.State, i.PID, i.Suspended = hypervisor.StateMigrating, 1, true })
 			ca, cb := s.config("alpha"), s.config("beta")
 			h := migrate.Handover{ID: "11111111-2222", Guest: "g", UUID: "uuid-g", Source: "alpha", Destination: "beta", Epoch: 2}
 			prepareLedger(t, ca, func(l *ledger.Ledger) error {
 				return errors.Join(l.Define(ctx, "g", "uuid-g"), l.Begin(ctx, h), l.HandOver(ctx, h))
 			})
 			if tc.shell {
-				db.set("g", func(i *qemu.Info) { i.State, i.PID = qemu.StateIncoming, 1 })
+				db.set("g", func(i *hypervisor.Info) { i.State, i.PID = hypervisor.StateIncoming, 1 })
 			}
 			prepareLedger(t, cb, func(l *ledger.Ledger) error { return l.Prepare(ctx, h) })
 			before := &moves{a: &Agent{cfg: ca}, dir: filepath.Join(ca.StateDir, "migrations")}

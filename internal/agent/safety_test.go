@@ -14,6 +14,7 @@ import (
 
 	"github.com/lmctl/lmctl/internal/api"
 	"github.com/lmctl/lmctl/internal/api/lmctlv1"
+	"github.com/lmctl/lmctl/internal/hypervisor"
 	"github.com/lmctl/lmctl/internal/hypervisor/qemu"
 	"github.com/lmctl/lmctl/internal/ledger"
 	"github.com/lmctl/lmctl/internal/pki"
@@ -26,9 +27,9 @@ func TestUnreachableCopyIsWaitedFor(t *testing.T) {
 	ctx := t.Context()
 	s := newSite(t, "alpha", "beta")
 	d := newFake()
-	d.seen = make(chan qemu.Info)
-	d.set("g", func(i *qemu.Info) { i.State, i.PID = qemu.StateUnreachable, 1 })
-	d.set("lost", func(i *qemu.Info) { i.State = qemu.StateUnreachable })
+	d.seen = make(chan hypervisor.Info)
+	d.set("g", func(i *hypervisor.Info) { i.State, i.PID = hypervisor.StateUnreachable, 1 })
+	d.set("lost", func(i *hypervisor.Info) { i.State = hypervisor.StateUnreachable })
 	cfg := s.config("alpha")
 	prepareLedger(t, cfg, func(l *ledger.Ledger) error {
 		h := migrate.Handover{ID: "h", Guest: "g", UUID: "uuid-g", Source: "alpha", Destination: "beta", Epoch: 2}
@@ -42,9 +43,9 @@ func TestUnreachableCopyIsWaitedFor(t *testing.T) {
 	if did := d.history(); len(did) != 0 || a.ledger.Get("g").State != ledger.Moving || a.ledger.Get("lost").State != ledger.Accepted {
 		t.Fatalf("did %v, records %+v and %+v", did, a.ledger.Get("g"), a.ledger.Get("lost"))
 	}
-	d.seen <- qemu.Info{Name: "g", State: qemu.StateUnreachable}
-	d.set("g", func(i *qemu.Info) { i.State, i.Suspended = qemu.StateMigrating, true })
-	d.seen <- qemu.Info{Name: "g", State: qemu.StateMigrating}
+	d.seen <- hypervisor.Info{Name: "g", State: hypervisor.StateUnreachable}
+	d.set("g", func(i *hypervisor.Info) { i.State, i.Suspended = hypervisor.StateMigrating, true })
+	d.seen <- hypervisor.Info{Name: "g", State: hypervisor.StateMigrating}
 	until(t, "resume", func() bool { return a.ledger.Get("g").State == ledger.Owned })
 	if did := d.history(); !slices.Equal(did, []string{"resume g"}) {
 		t.Errorf("did %v", did)
@@ -149,7 +150,7 @@ func TestOnlyPeersOutrank(t *testing.T) {
 	ctx := t.Context()
 	s := newSite(t, "alpha", "beta", "gamma")
 	d := newFake()
-	d.set("g", func(i *qemu.Info) { i.State, i.PID = qemu.StateRunning, 1 })
+	d.set("g", func(i *hypervisor.Info) { i.State, i.PID = hypervisor.StateRunning, 1 })
 	cfg := s.config("alpha")
 	delete(cfg.Peers, "gamma")
 	prepareLedger(t, cfg, func(l *ledger.Ledger) error { return l.Define(ctx, "g", "uuid-g") })

@@ -8,7 +8,7 @@ import (
 	"sync"
 	"time"
 
-	"github.com/lmctl/lmctl/internal/hypervisor/qemu"
+	"github.com/lmctl/lmctl/internal/hypervisor"
 	"github.com/lmctl/lmctl/internal/ledger"
 	"github.com/lmctl/lmctl/migrate"
 )
@@ -86,7 +86,7 @@ func (s *settler) forgetDefinitions() {
 		switch s.a.ledger.Get(name).State {
 		case ledger.None, ledger.Gone:
 		case ledger.Owned:
-			if info, err := s.a.driver.Get(name); err != nil || info.State == qemu.StateIncoming || info.State == qemu.StateUnreachable {
+			if info, err := s.a.driver.Get(name); err != nil || info.State == hypervisor.StateIncoming || info.State == hypervisor.StateUnreachable {
 				continue // it may yet be lost with its shell
 			}
 		default:
@@ -118,9 +118,9 @@ func (s *settler) follow(ctx context.Context) {
 	unreachable := make(map[string]bool)
 	for info := range s.a.driver.Watch(ctx) {
 		was := unreachable[info.Name]
-		unreachable[info.Name] = info.State == qemu.StateUnreachable
+		unreachable[info.Name] = info.State == hypervisor.StateUnreachable
 		switch {
-		case info.State == qemu.StateUnreachable:
+		case info.State == hypervisor.StateUnreachable:
 		case was:
 			s.kick(info.Name)
 			fallthrough
@@ -286,7 +286,7 @@ func (s *settler) settleHeld(ctx context.Context, name string, peer *ledger.Stat
 		log := s.a.log.With("guest", name, "action", string(d.Action), "reason", d.Reason)
 		if err := s.carryOut(ctx, d.Action, record, facts, peer, g); err != nil {
 			level := slog.LevelError
-			if busy := (*qemu.BusyError)(nil); errors.As(err, &busy) {
+			if busy := (*hypervisor.BusyError)(nil); errors.As(err, &busy) {
 				level = slog.LevelDebug // the end of that is waited for
 			}
 			log.Log(ctx, level, "settling a guest failed", "error", err)

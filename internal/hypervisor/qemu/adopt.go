@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"golang.org/x/sync/errgroup"
+
+	"github.com/lmctl/lmctl/internal/hypervisor"
 )
 
 // adoptTimeout bounds the meeting with one QEMU.
@@ -55,11 +57,11 @@ func (d *Driver) adoptEntry(ctx context.Context, dir string, e fs.DirEntry) erro
 	if err != nil {
 		// Its process may run: the name is taken, and nothing may be done to it.
 		v := d.newVM(&Definition{Name: e.Name()})
-		v.state = StateUnreachable
+		v.state = hypervisor.StateUnreachable
 		return errors.Join(err, d.add(v))
 	}
 	v := d.newVM(def)
-	v.state = StateUnreachable // until it is known how it is
+	v.state = hypervisor.StateUnreachable // until it is known how it is
 	if err := d.add(v); err != nil {
 		return err
 	}
@@ -174,12 +176,12 @@ func (v *vm) adoptStopped(why string) error {
 		if why == "" {
 			why = "its run folder is gone; the host was restarted"
 		}
-		end := &End{Cause: EndVanished, Detail: why, At: time.Now()}
+		end := &hypervisor.End{Cause: hypervisor.EndVanished, Detail: why, At: time.Now()}
 		if err := v.updateRecord(func(r *record) { r.End = end }); err != nil {
 			return err
 		}
 	}
-	v.setState(StateStopped)
+	v.setState(hypervisor.StateStopped)
 	return nil
 }
 
@@ -210,7 +212,7 @@ func (v *vm) adoptRunning(ctx context.Context, inst *instance) error {
 		}
 	}
 	if runstate == "prelaunch" && !incoming {
-		return v.end(ctx, End{Cause: EndFailed, Detail: "the agent ended while the guest was being started"})
+		return v.end(ctx, hypervisor.End{Cause: hypervisor.EndFailed, Detail: "the agent ended while the guest was being started"})
 	}
 	if runstate == "running" {
 		v.learn()
@@ -219,7 +221,7 @@ func (v *vm) adoptRunning(ctx context.Context, inst *instance) error {
 	inst.unmet = false
 	v.mu.Unlock()
 	v.refreshBlind(ctx, inst)
-	if v.info().State == StateUnreachable {
+	if v.info().State == hypervisor.StateUnreachable {
 		return errors.New("QEMU has stopped answering")
 	}
 	return nil

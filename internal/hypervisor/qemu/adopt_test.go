@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/lmctl/lmctl/internal/hypervisor"
 )
 
 // Guests outlive their agent, and the next one finds them.
@@ -25,7 +27,7 @@ func TestAdoptRunning(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if after.PID != before.PID || after.State != StateRunning || after.Machine != before.Machine || after.Machine == "pc" {
+		if after.PID != before.PID || after.State != hypervisor.StateRunning || after.Machine != before.Machine || after.Machine == "pc" {
 			t.Errorf("adopted as %+v, was %+v", after, before)
 		}
 		h.awaitProgress(t, g, 1)
@@ -35,7 +37,7 @@ func TestAdoptRunning(t *testing.T) {
 			t.Fatal(err)
 		}
 		sendSignal(t, v.inst, unix.SIGKILL)
-		if end := h.ended(t, g.name, g.uuid); end.Cause != EndKilled || end.Signal != 9 {
+		if end := h.ended(t, g.name, g.uuid); end.Cause != hypervisor.EndKilled || end.Signal != 9 {
 			t.Errorf("end: %+v", end)
 		}
 	})
@@ -55,7 +57,7 @@ func TestAdoptEnded(t *testing.T) {
 		}
 		pressUntilShutdown(t, i.Observer)
 		h.open(t)
-		if end := h.ended(t, "sector", id); end.Cause != EndPoweredDown {
+		if end := h.ended(t, "sector", id); end.Cause != hypervisor.EndPoweredDown {
 			t.Errorf("end: %+v", end)
 		}
 	})
@@ -78,7 +80,7 @@ func TestAdoptEnded(t *testing.T) {
 			t.Fatal(err)
 		}
 		h.open(t)
-		if end := h.ended(t, "sector", id); end.Cause != EndVanished {
+		if end := h.ended(t, "sector", id); end.Cause != hypervisor.EndVanished {
 			t.Errorf("end: %+v", end)
 		}
 	})
@@ -103,7 +105,7 @@ func TestAdoptEnded(t *testing.T) {
 			t.Fatal(err)
 		}
 		h.restart(t)
-		if end := h.ended(t, "sector", id); end.Cause != EndVanished || end.Detail != "the host was restarted" {
+		if end := h.ended(t, "sector", id); end.Cause != hypervisor.EndVanished || end.Detail != "the host was restarted" {
 			t.Errorf("end: %+v", end)
 		}
 	})
@@ -133,14 +135,14 @@ func TestAdoptUnreachable(t *testing.T) {
 	if err := h.Adopt(ctx); err != nil {
 		t.Fatal(err)
 	}
-	h.await(t, "sector", StateUnreachable)
-	if err := h.Start(testContext(t), "sector"); !errors.As(err, new(*StateError)) {
+	h.await(t, "sector", hypervisor.StateUnreachable)
+	if err := h.Start(testContext(t), "sector"); !errors.As(err, new(*hypervisor.StateError)) {
 		t.Errorf("start a guest that cannot be reached: %v", err)
 	}
 	if err := unix.PidfdSendSignal(pidfd, unix.SIGCONT, nil, 0); err != nil {
 		t.Fatal(err)
 	}
-	h.await(t, "sector", StateRunning)
+	h.await(t, "sector", hypervisor.StateRunning)
 }
 
 // A guest of which it cannot be found out whether it runs is not taken for one
@@ -169,13 +171,13 @@ func TestAdoptUnknown(t *testing.T) {
 		if err := h.Adopt(testContext(t)); err == nil {
 			t.Errorf("%s cannot be read, and the guest is adopted", path)
 		}
-		if i, err := h.Get("sector"); err != nil || i.State != StateUnreachable {
+		if i, err := h.Get("sector"); err != nil || i.State != hypervisor.StateUnreachable {
 			t.Errorf("%s cannot be read: %+v, %v", path, i, err)
 		}
 		for name, err := range map[string]error{
 			"start": h.Start(testContext(t), "sector"), "undefine": h.Undefine("sector"), "destroy": h.Destroy(testContext(t), "sector"),
 		} {
-			if !errors.As(err, new(*StateError)) {
+			if !errors.As(err, new(*hypervisor.StateError)) {
 				t.Errorf("%s cannot be read: %s says %v", path, name, err)
 			}
 		}
@@ -187,7 +189,7 @@ func TestAdoptUnknown(t *testing.T) {
 		}
 	}
 	h.restart(t)
-	if i := h.await(t, "sector", StateRunning); i.PID != inst.proc.id.PID {
+	if i := h.await(t, "sector", hypervisor.StateRunning); i.PID != inst.proc.id.PID {
 		t.Errorf("adopted process %d, was %d", i.PID, inst.proc.id.PID)
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"crypto/rand"
 	"fmt"
 	"net"
+	"slices"
 	"strings"
 
 	"github.com/dustin/go-humanize"
@@ -160,4 +161,15 @@ func (d *Definition) YAML() ([]byte, error) {
 		return nil, fmt.Errorf("write the definition of guest %s: %w", d.Name, err)
 	}
 	return b, nil
+}
+
+// bridges are those that the network cards need, each once.
+func (d *Definition) bridges() []string {
+	var all []string
+	for _, n := range d.NICs {
+		if !slices.Contains(all, n.Bridge) {
+			all = append(all, n.Bridge)
+		}
+	}
+	return all
 }

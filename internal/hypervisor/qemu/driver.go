@@ -14,6 +14,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/lmctl/lmctl/internal/hypervisor"
 	"github.com/lmctl/lmctl/migrate/announce"
 )
 
@@ -48,37 +49,10 @@ type Driver struct {
 	stop context.CancelFunc
 	wg   sync.WaitGroup // the goroutines that watch guests
 
-	mu       sync.Mutex
-	guests   map[string]*vm
-	watchers map[*watcher]struct{}
-}
+	watchers hypervisor.Watchers
 
-// The errors that a caller may want to tell apart. They are wrapped with the
-// guest's name.
-var (
-	ErrNotFound = errors.New("there is no such guest on this host")
-	ErrExists   = errors.New("there is already a guest of this name or UUID on this host")
-)
-
-// BusyError says that another operation on the guest is under way.
-type BusyError struct {
-	Guest     string
-	Operation string // the one under way
-}
-
-func (e *BusyError) Error() string {
-	return fmt.Sprintf("guest %s is busy: %s is under way; wait for its end", e.Guest, e.Operation)
-}
-
-// StateError says that the guest is not in a state for the operation.
-type StateError struct {
-	Guest     string
-	Operation string
-	State     State
-}
-
-func (e *StateError) Error() string {
-	return fmt.Sprintf("cannot %s guest %s: it is %s", e.Operation, e.Guest, e.State)
+	mu     sync.Mutex
+	guests map[string]*vm
 }
 
 // New makes a driver and its directories. Adopt comes next, once.
@@ -114,7 +88,7 @@ func New(cfg Config) (*Driver, error) {
 	return &Driver{
 		cfg: cfg, log: cfg.Log, links: links, ctx: ctx, stop: stop,
 		bins:   binaries{path: cfg.QEMU, firmware: cfg.FirmwareDir},
-		guests: make(map[string]*vm), watchers: make(map[*watcher]struct{}),
+		guests: make(map[string]*vm),
 	}, nil
 }
 
@@ -141,10 +115,8 @@ func (d *Driver) Close() error {
 	for _, v := range d.guests {
 		guests = append(guests, v)
 	}
-	for w := range d.watchers {
-		w.end()
-	}
 	d.mu.Unlock()
+	d.watchers.Close()
 	var errs []error
 	for _, v := range guests {
 		errs = append(errs, v.letGo())
@@ -153,22 +125,40 @@ func (d *Driver) Close() error {
 	return errors.Join(errs...)
 }
 
-// Define stores a guest's definition and returns it with what was filled in.
-func (d *Driver) Define(text []byte) (*Definition, error) {
+// Define stores a guest's definition, a YAML text.
+func (d *Driver) Define(text []byte) (hypervisor.Info, error) {
 	def, err := ParseDefinition(text)
 	if err != nil {
-		return nil, err
+		return hypervisor.Info{}, err
 	}
 	v := d.newVM(def)
 	if err := d.add(v); err != nil {
-		return nil, fmt.Errorf("define guest %s: %w", def.Name, err)
+		return hypervisor.Info{}, fmt.Errorf("define guest %s: %w", def.Name, err)
 	}
 	if err := v.store(); err != nil {
 		d.remove(v)
-		return nil, fmt.Errorf("define guest %s: %w", def.Name, err)
+		return hypervisor.Info{}, fmt.Errorf("define guest %s: %w", def.Name, err)
 	}
-	v.setState(StateStopped)
-	return def, nil
+	v.setState(hypervisor.StateStopped)
+	return v.info(), nil
+}
+
+// Definition is a guest's definition with what was filled in, a YAML text.
+func (d *Driver) Definition(name string) ([]byte, error) {
+	v, err := d.lookup(name)
+	if err != nil {
+		return nil, err
+	}
+	return v.def.YAML()
+}
+
+// Identify says whose definition a YAML text is.
+func (d *Driver) Identify(text []byte) (name, uuid string, err error) {
+	def, err := ParseDefinition(text)
+	if err != nil {
+		return "", "", err
+	}
+	return def.Name, def.UUID, nil
 }
 
 // Undefine removes a stopped guest's definition, record and logs. Its disks
@@ -178,7 +168,7 @@ func (d *Driver) Undefine(name string) error {
 	if err != nil {
 		return err
 	}
-	done, err := v.begin("undefine", StateStopped)
+	done, err := v.begin("undefine", hypervisor.StateStopped)
 	if err != nil {
 		return err
 	}
@@ -191,32 +181,32 @@ func (d *Driver) Undefine(name string) error {
 }
 
 // List describes all guests of this host, by name.
-func (d *Driver) List() []Info {
+func (d *Driver) List() []hypervisor.Info {
 	d.mu.Lock()
 	guests := make([]*vm, 0, len(d.guests))
 	for _, v := range d.guests {
 		guests = append(guests, v)
 	}
 	d.mu.Unlock()
-	infos := make([]Info, len(guests))
+	infos := make([]hypervisor.Info, len(guests))
 	for i, v := range guests {
 		infos[i] = v.info()
 	}
-	slices.SortFunc(infos, func(a, b Info) int { return strings.Compare(a.Name, b.Name) })
+	slices.SortFunc(infos, func(a, b hypervisor.Info) int { return strings.Compare(a.Name, b.Name) })
 	return infos
 }
 
 // Get describes one guest.
-func (d *Driver) Get(name string) (Info, error) {
+func (d *Driver) Get(name string) (hypervisor.Info, error) {
 	v, err := d.lookup(name)
 	if err != nil {
-		return Info{}, err
+		return hypervisor.Info{}, err
 	}
 	return v.info(), nil
 }
 
 // Find describes the guest of a UUID.
-func (d *Driver) Find(uuid string) (Info, error) {
+func (d *Driver) Find(uuid string) (hypervisor.Info, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	for _, v := range d.guests {
@@ -224,7 +214,7 @@ func (d *Driver) Find(uuid string) (Info, error) {
 			return v.info(), nil
 		}
 	}
-	return Info{}, fmt.Errorf("guest with UUID %s: %w", uuid, ErrNotFound)
+	return hypervisor.Info{}, fmt.Errorf("guest with UUID %s: %w", uuid, hypervisor.ErrNotFound)
 }
 
 // Console is the path of the unix socket of a guest's serial console. It takes
@@ -235,7 +225,7 @@ func (d *Driver) Console(name string) (string, error) {
 		return "", err
 	}
 	if i := v.info(); i.PID == 0 {
-		return "", &StateError{Guest: name, Operation: "open the console of", State: i.State}
+		return "", &hypervisor.StateError{Guest: name, Operation: "open the console of", State: i.State}
 	}
 	return v.files.console(), nil
 }
@@ -245,7 +235,7 @@ func (d *Driver) lookup(name string) (*vm, error) {
 	defer d.mu.Unlock()
 	v, ok := d.guests[name]
 	if !ok {
-		return nil, fmt.Errorf("guest %s: %w", name, ErrNotFound)
+		return nil, fmt.Errorf("guest %s: %w", name, hypervisor.ErrNotFound)
 	}
 	return v, nil
 }
@@ -255,7 +245,7 @@ func (d *Driver) add(v *vm) error {
 	defer d.mu.Unlock()
 	for _, other := range d.guests {
 		if other.def.Name == v.def.Name || v.def.UUID != "" && other.def.UUID == v.def.UUID {
-			return fmt.Errorf("%w (%s, %s); choose another or remove that one", ErrExists, other.def.Name, other.def.UUID)
+			return fmt.Errorf("%w (%s, %s); choose another or remove that one", hypervisor.ErrExists, other.def.Name, other.def.UUID)
 		}
 	}
 	d.guests[v.def.Name] = v

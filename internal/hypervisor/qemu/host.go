@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/lmctl/lmctl/internal/hypervisor"
 	"github.com/lmctl/lmctl/migrate"
 )
 
@@ -40,7 +41,7 @@ func (d *Driver) prepare(ctx context.Context, offer migrate.Offer) (*Shell, erro
 	}
 	v := d.newVM(def)
 	v.rec = record{Run: run, Incoming: true, Cards: b.Cards}
-	v.state = StateIncoming
+	v.state = hypervisor.StateIncoming
 	done, err := v.begin("incoming migration")
 	if err != nil {
 		return nil, err
@@ -142,7 +143,7 @@ func (d *Driver) promisedMemory() int64 {
 	defer d.mu.Unlock()
 	var sum int64
 	for _, v := range d.guests {
-		if v.info().State != StateIncoming {
+		if v.info().State != hypervisor.StateIncoming {
 			continue
 		}
 		var st unix.Stat_t

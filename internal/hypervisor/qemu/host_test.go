@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
+	"github.com/lmctl/lmctl/internal/hypervisor"
 	"github.com/lmctl/lmctl/migrate"
 )
 
@@ -167,10 +168,10 @@ func TestShellIsHoles(t *testing.T) {
 	if at, err := unix.Seek(int(memory[0].File.Fd()), 0, unix.SEEK_DATA); !errors.Is(err, unix.ENXIO) {
 		t.Errorf("the shell's memory has data at %#x (%v)", at, err)
 	}
-	if i, err := there.Get(g.name); err != nil || i.State != StateIncoming || i.Busy == "" {
+	if i, err := there.Get(g.name); err != nil || i.State != hypervisor.StateIncoming || i.Busy == "" {
 		t.Errorf("the shell: %+v, %v", i, err)
 	}
-	if err := there.Destroy(testContext(t), g.name); !errors.As(err, new(*BusyError)) {
+	if err := there.Destroy(testContext(t), g.name); !errors.As(err, new(*hypervisor.BusyError)) {
 		t.Errorf("destroy a guest that is coming: %v", err)
 	}
 	if err := shell.Destroy(testContext(t)); err != nil {
@@ -260,7 +261,7 @@ func TestAgentDiesWithShell(t *testing.T) {
 		there.awaitProgress(t, g, 1)
 		there.idle(t, g.name)
 		there.restart(t)
-		if i, err := there.Get(g.name); err != nil || i.State != StateRunning {
+		if i, err := there.Get(g.name); err != nil || i.State != hypervisor.StateRunning {
 			t.Errorf("after another restart: %+v, %v", i, err)
 		}
 	})
@@ -307,7 +308,7 @@ func TestAgentDiesWithShell(t *testing.T) {
 			t.Fatal(err)
 		}
 		there.restart(t)
-		if i, err := there.Get(g.name); err != nil || i.State != StateIncoming {
+		if i, err := there.Get(g.name); err != nil || i.State != hypervisor.StateIncoming {
 			t.Errorf("a shell that may have been told to run: %+v, %v", i, err)
 		}
 		again, ran, err := there.ShellOf(g.name)
@@ -334,7 +335,7 @@ func TestAgentDiesWithShell(t *testing.T) {
 			if err := again.Destroy(testContext(t)); err != nil {
 				t.Fatal(err)
 			}
-		} else if !errors.Is(err, ErrNotFound) && !errors.As(err, new(*StateError)) {
+		} else if !errors.Is(err, hypervisor.ErrNotFound) && !errors.As(err, new(*hypervisor.StateError)) {
 			t.Fatal(err)
 		}
 		there.restart(t)

@@ -3,6 +3,8 @@ package qemu
 import (
 	"context"
 	"fmt"
+
+	"github.com/lmctl/lmctl/internal/hypervisor"
 )
 
 // StartIncoming runs the QEMU of a stopped guest with its network connected and
@@ -14,7 +16,7 @@ func (d *Driver) StartIncoming(ctx context.Context, name string) error {
 	if err != nil {
 		return err
 	}
-	done, err := v.begin("start", StateStopped)
+	done, err := v.begin("start", hypervisor.StateStopped)
 	if err != nil {
 		return err
 	}

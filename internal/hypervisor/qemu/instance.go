@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"time"
+
+	"github.com/lmctl/lmctl/internal/hypervisor"
 )
 
 // instance is a living QEMU of a guest.
@@ -13,15 +15,15 @@ type instance struct {
 
 	// Guarded by the vm's mu.
 	mon       *monitor
-	suspended bool     // a migration has it: its stops are not for us to judge
-	intent    EndCause // what an operator asked for, empty if nothing
-	end       *End     // decided, once it must go
-	words     string   // what QEMU said about its end
-	guestOff  bool     // the guest has switched itself off
-	blind     bool     // events may have been missed
-	unmet     bool     // left by an earlier agent and not adopted yet
-	adopting  bool     // somebody is at that
-	offset    int64    // where this run's words begin in the log
+	suspended bool                // a migration has it: its stops are not for us to judge
+	intent    hypervisor.EndCause // what an operator asked for, empty if nothing
+	end       *hypervisor.End     // decided, once it must go
+	words     string              // what QEMU said about its end
+	guestOff  bool                // the guest has switched itself off
+	blind     bool                // events may have been missed
+	unmet     bool                // left by an earlier agent and not adopted yet
+	adopting  bool                // somebody is at that
+	offset    int64               // where this run's words begin in the log
 }
 
 // quitTimeout is how long a QEMU that was told to quit may take before it is
@@ -55,7 +57,7 @@ func (v *vm) follow(inst *instance) *instance {
 // taken in as soon as it does.
 func (v *vm) attachUnmet(proc *process) {
 	inst := &instance{proc: proc, mon: deadMonitor(), ended: make(chan struct{}), unmet: true}
-	v.change(func() { v.inst, v.state = inst, StateUnreachable })
+	v.change(func() { v.inst, v.state = inst, hypervisor.StateUnreachable })
 	v.d.wg.Go(func() { v.watch(inst, inst.mon.subscribe()) })
 }
 
@@ -226,7 +228,7 @@ func (v *vm) monitor(inst *instance) *monitor {
 
 // endOf says what QEMU's state tells about the end of the guest, nil if it has
 // not ended.
-func (v *vm) endOf(inst *instance, runstate string) *End {
+func (v *vm) endOf(inst *instance, runstate string) *hypervisor.End {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	if inst.suspended {
@@ -238,13 +240,13 @@ func (v *vm) endOf(inst *instance, runstate string) *End {
 			return nil // not the guest's doing: QEMU exits by itself and tells how
 		}
 		if inst.intent != "" {
-			return &End{Cause: inst.intent}
+			return &hypervisor.End{Cause: inst.intent}
 		}
-		return &End{Cause: EndPoweredDown}
+		return &hypervisor.End{Cause: hypervisor.EndPoweredDown}
 	case "guest-panicked":
-		return &End{Cause: EndCrashed, Detail: "the guest's kernel panicked"}
+		return &hypervisor.End{Cause: hypervisor.EndCrashed, Detail: "the guest's kernel panicked"}
 	case "internal-error":
-		return &End{Cause: EndCrashed, Detail: "the CPU could not go on (QEMU's state is internal-error); see qemu.log"}
+		return &hypervisor.End{Cause: hypervisor.EndCrashed, Detail: "the CPU could not go on (QEMU's state is internal-error); see qemu.log"}
 	}
 	return nil
 }
@@ -260,36 +262,36 @@ func hasRun(runstate string) bool {
 }
 
 // stateOf translates QEMU's state. The vm's mu is held.
-func (v *vm) stateOf(inst *instance, runstate string) State {
+func (v *vm) stateOf(inst *instance, runstate string) hypervisor.State {
 	switch {
 	case inst.suspended:
-		return StateMigrating
+		return hypervisor.StateMigrating
 	case v.rec.Incoming:
-		return StateIncoming
+		return hypervisor.StateIncoming
 	}
 	switch runstate {
 	case "running", "suspended": // suspended: the guest sleeps (S3) and wakes by itself
-		return StateRunning
+		return hypervisor.StateRunning
 	case "prelaunch":
-		return StateStarting
+		return hypervisor.StateStarting
 	case "finish-migrate", "postmigrate", "save-vm", "restore-vm":
-		return StateMigrating
+		return hypervisor.StateMigrating
 	case "inmigrate":
-		return StateIncoming
+		return hypervisor.StateIncoming
 	}
-	return StatePaused
+	return hypervisor.StatePaused
 }
 
 // retire ends a QEMU whose guest is to run no more, for a reason that is
 // recorded before. Only the first reason counts.
-func (v *vm) retire(inst *instance, end End) {
+func (v *vm) retire(inst *instance, end hypervisor.End) {
 	first := false
 	v.change(func() {
 		if inst.end == nil {
 			first = true
 			end.At = time.Now()
 			inst.end = &end
-			v.state = StateStopping
+			v.state = hypervisor.StateStopping
 		}
 	})
 	if !first {
@@ -340,21 +342,21 @@ func (v *vm) finish(inst *instance) {
 	}
 	v.d.log.Info("guest ended", "guest", v.def.Name, "end", end.String())
 	v.change(func() {
-		v.inst, v.runstate, v.state = nil, "", StateStopped
+		v.inst, v.runstate, v.state = nil, "", hypervisor.StateStopped
 	})
 	close(inst.ended)
 }
 
 // endOfProcess describes the end of a QEMU that nobody here asked for.
-func endOfProcess(e exit, words, log string) *End {
-	end := &End{At: time.Now(), Detail: words}
+func endOfProcess(e exit, words, log string) *hypervisor.End {
+	end := &hypervisor.End{At: time.Now(), Detail: words}
 	switch {
 	case !e.known:
-		end.Cause, end.Detail = EndVanished, joinWords("QEMU ended while no agent watched it", words)
+		end.Cause, end.Detail = hypervisor.EndVanished, joinWords("QEMU ended while no agent watched it", words)
 	case e.signal != 0:
-		end.Cause, end.Signal = EndKilled, int(e.signal)
+		end.Cause, end.Signal = hypervisor.EndKilled, int(e.signal)
 	default:
-		end.Cause, end.Status = EndExited, e.status
+		end.Cause, end.Status = hypervisor.EndExited, e.status
 	}
 	if log != "" && (e.signal != 0 || e.status != 0) {
 		end.Detail = joinWords(end.Detail, log)

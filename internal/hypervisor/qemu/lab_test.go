@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/lmctl/lmctl/guest/flat"
+	"github.com/lmctl/lmctl/internal/hypervisor"
 	"github.com/lmctl/lmctl/internal/testenv"
 	"github.com/lmctl/lmctl/migrate"
 )
@@ -89,7 +90,7 @@ func (h *host) clear(t *testing.T) {
 	}
 	h.mu.Unlock()
 	for _, v := range guests {
-		if err := v.end(ctx, End{Cause: EndDestroyed}); err != nil {
+		if err := v.end(ctx, hypervisor.End{Cause: hypervisor.EndDestroyed}); err != nil {
 			t.Error(err)
 		}
 	}
@@ -232,7 +233,7 @@ func (h *host) awaitProgress(t *testing.T, g *flatGuest, n uint64) flat.State {
 }
 
 // await follows the guest until it is in a state.
-func (h *host) await(t *testing.T, name string, state State) Info {
+func (h *host) await(t *testing.T, name string, state hypervisor.State) hypervisor.Info {
 	t.Helper()
 	ctx, cancel := context.WithCancel(testContext(t))
 	defer cancel()
@@ -242,7 +243,7 @@ func (h *host) await(t *testing.T, name string, state State) Info {
 		}
 	}
 	t.Fatalf("guest %s never was %s", name, state)
-	return Info{}
+	return hypervisor.Info{}
 }
 
 func (h *host) source(t *testing.T, name string) *Guest {

@@ -13,6 +13,7 @@ import (
 	"github.com/google/uuid"
 	"golang.org/x/sys/unix"
 
+	"github.com/lmctl/lmctl/internal/hypervisor"
 	"github.com/lmctl/lmctl/internal/testenv"
 )
 
@@ -34,9 +35,9 @@ func (h *host) startSector(t *testing.T, image []byte, more string) (*instance, 
 
 // ended waits for the guest's end and checks that nothing of its process is
 // left.
-func (h *host) ended(t *testing.T, name, id string) End {
+func (h *host) ended(t *testing.T, name, id string) hypervisor.End {
 	t.Helper()
-	i := h.await(t, name, StateStopped)
+	i := h.await(t, name, hypervisor.StateStopped)
 	if i.End == nil {
 		t.Fatalf("guest %s is stopped without an end", name)
 	}
@@ -58,19 +59,19 @@ func TestEnds(t *testing.T) {
 		image []byte
 		more  string
 		do    func(t *testing.T, h *host, inst *instance)
-		want  End
+		want  hypervisor.End
 	}{
-		{name: "powers itself off", image: offSector, want: End{Cause: EndPoweredDown}},
+		{name: "powers itself off", image: offSector, want: hypervisor.End{Cause: hypervisor.EndPoweredDown}},
 		{
 			name: "panics", image: panicSector, more: "extra-arguments: [-device, pvpanic]\n",
-			want: End{Cause: EndCrashed, Detail: "the guest's kernel panicked"},
+			want: hypervisor.End{Cause: hypervisor.EndCrashed, Detail: "the guest's kernel panicked"},
 		},
 		{
-			name: "stopped", image: buttonSector, want: End{Cause: EndStopped},
+			name: "stopped", image: buttonSector, want: hypervisor.End{Cause: hypervisor.EndStopped},
 			do: func(t *testing.T, h *host, _ *instance) { h.stopWhenReady(t, "sector") },
 		},
 		{
-			name: "destroyed", image: idleSector, want: End{Cause: EndDestroyed},
+			name: "destroyed", image: idleSector, want: hypervisor.End{Cause: hypervisor.EndDestroyed},
 			do: func(t *testing.T, h *host, _ *instance) {
 				if err := h.Destroy(testContext(t), "sector"); err != nil {
 					t.Fatal(err)
@@ -78,15 +79,15 @@ func TestEnds(t *testing.T) {
 			},
 		},
 		{
-			name: "killed", image: idleSector, want: End{Cause: EndKilled, Signal: 9},
+			name: "killed", image: idleSector, want: hypervisor.End{Cause: hypervisor.EndKilled, Signal: 9},
 			do: func(t *testing.T, _ *host, inst *instance) { sendSignal(t, inst, unix.SIGKILL) },
 		},
 		{
-			name: "terminated", image: idleSector, want: End{Cause: EndExited, Detail: "host-signal"},
+			name: "terminated", image: idleSector, want: hypervisor.End{Cause: hypervisor.EndExited, Detail: "host-signal"},
 			do: func(t *testing.T, _ *host, inst *instance) { sendSignal(t, inst, unix.SIGTERM) },
 		},
 		{
-			name: "told to quit by someone else", image: idleSector, want: End{Cause: EndExited, Detail: "host-qmp-quit"},
+			name: "told to quit by someone else", image: idleSector, want: hypervisor.End{Cause: hypervisor.EndExited, Detail: "host-qmp-quit"},
 			do: func(t *testing.T, h *host, _ *instance) {
 				i, err := h.Get("sector")
 				if err != nil {
@@ -142,7 +143,7 @@ func (h *host) stopWhenReady(t *testing.T, name string) {
 		if err == nil {
 			return
 		}
-		if !errors.Is(err, ErrStillRunning) || time.Now().After(deadline) {
+		if !errors.Is(err, hypervisor.ErrStillRunning) || time.Now().After(deadline) {
 			t.Fatal(err)
 		}
 	}
@@ -169,10 +170,10 @@ func TestStopUnanswered(t *testing.T) {
 	h := newHost(t)
 	h.startSector(t, idleSector, "")
 	err := h.Stop(testContext(t), "sector", 50*time.Millisecond)
-	if !errors.Is(err, ErrStillRunning) {
+	if !errors.Is(err, hypervisor.ErrStillRunning) {
 		t.Fatalf("Stop: %v", err)
 	}
-	if i := h.await(t, "sector", StateRunning); i.Busy != "" || i.End != nil {
+	if i := h.await(t, "sector", hypervisor.StateRunning); i.Busy != "" || i.End != nil {
 		t.Errorf("after Stop: %+v", i)
 	}
 	if err := h.Destroy(testContext(t), "sector"); err != nil {
@@ -181,8 +182,8 @@ func TestStopUnanswered(t *testing.T) {
 	if err := h.Start(testContext(t), "sector"); err != nil {
 		t.Fatalf("start again: %v", err)
 	}
-	var state *StateError
-	if err := h.Start(testContext(t), "sector"); !errors.As(err, &state) || state.State != StateRunning {
+	var state *hypervisor.StateError
+	if err := h.Start(testContext(t), "sector"); !errors.As(err, &state) || state.State != hypervisor.StateRunning {
 		t.Errorf("start a running guest: %v", err)
 	}
 	if err := h.Undefine("sector"); !errors.As(err, &state) {
@@ -198,13 +199,13 @@ func TestPausedByObserver(t *testing.T) {
 		t.Fatal(err)
 	}
 	observe(t, i.Observer, "stop")
-	h.await(t, "sector", StatePaused)
+	h.await(t, "sector", hypervisor.StatePaused)
 	g := h.source(t, "sector")
 	if err := g.Movable(testContext(t)); err == nil || !strings.Contains(err.Error(), "the guest is not running (QEMU says paused)") {
 		t.Errorf("Movable of a paused guest: %v", err)
 	}
 	observe(t, i.Observer, "cont")
-	h.await(t, "sector", StateRunning)
+	h.await(t, "sector", hypervisor.StateRunning)
 }
 
 // QEMU's own words reach whoever starts a guest that cannot start.
@@ -220,7 +221,7 @@ func TestStartFails(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), "QEMU exited with status 1") || !strings.Contains(err.Error(), "'no-such-device' is not a valid device model name") {
 		t.Fatalf("Start: %v", err)
 	}
-	if end := h.ended(t, "wrong", id); end.Cause != EndFailed || !strings.Contains(end.Detail, "no-such-device") {
+	if end := h.ended(t, "wrong", id); end.Cause != hypervisor.EndFailed || !strings.Contains(end.Detail, "no-such-device") {
 		t.Errorf("end: %+v", end)
 	}
 }
@@ -244,7 +245,7 @@ func TestStartRefused(t *testing.T) {
 			if err == nil || !strings.Contains(err.Error(), test.want) {
 				t.Errorf("Start: %v; want %q", err, test.want)
 			}
-			if i, err := h.Get("refused"); err != nil || i.State != StateStopped {
+			if i, err := h.Get("refused"); err != nil || i.State != hypervisor.StateStopped {
 				t.Errorf("after a refused start: %+v, %v", i, err)
 			}
 		})
@@ -257,17 +258,17 @@ func TestWatch(t *testing.T) {
 	defer cancel()
 	changes := h.Watch(ctx)
 	_, _ = h.startSector(t, offSector, "")
-	h.await(t, "sector", StateStopped)
+	h.await(t, "sector", hypervisor.StateStopped)
 	h.idle(t, "sector")
 	if err := h.Undefine("sector"); err != nil {
 		t.Fatal(err)
 	}
-	var seen []State
+	var seen []hypervisor.State
 	for i := range changes {
 		if len(seen) == 0 || seen[len(seen)-1] != i.State {
 			seen = append(seen, i.State)
 		}
-		if i.State == StateRemoved {
+		if i.State == hypervisor.StateRemoved {
 			break
 		}
 	}
@@ -298,10 +299,10 @@ func TestConsole(t *testing.T) {
 	if err := h.Destroy(testContext(t), "sector"); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := h.Console("sector"); !errors.As(err, new(*StateError)) {
+	if _, err := h.Console("sector"); !errors.As(err, new(*hypervisor.StateError)) {
 		t.Errorf("console of a stopped guest: %v", err)
 	}
-	if _, err := h.Console("nobody"); !errors.Is(err, ErrNotFound) {
+	if _, err := h.Console("nobody"); !errors.Is(err, hypervisor.ErrNotFound) {
 		t.Errorf("console of no guest: %v", err)
 	}
 }

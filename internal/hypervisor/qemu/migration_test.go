@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/lmctl/lmctl/guest/flat"
+	"github.com/lmctl/lmctl/internal/hypervisor"
 	"github.com/lmctl/lmctl/internal/testenv"
 )
 
@@ -78,7 +79,7 @@ func TestMove(t *testing.T) {
 		plain := readSettings(t, here, g.name)
 		for range 2 {
 			move(t, here, there, g)
-			there.await(t, g.name, StateRunning)
+			there.await(t, g.name, hypervisor.StateRunning)
 			here, there = there, here
 			here.idle(t, g.name)
 			if got := readSettings(t, here, g.name); !got.equal(plain) {
@@ -303,7 +304,7 @@ func TestBreakOffAnywhere(t *testing.T) {
 // unharmed checks that a guest runs on as if nothing had been.
 func unharmed(t *testing.T, h *host, g *flatGuest, plain allSettings) {
 	t.Helper()
-	if i := h.await(t, g.name, StateRunning); i.Suspended || i.Runstate != "running" {
+	if i := h.await(t, g.name, hypervisor.StateRunning); i.Suspended || i.Runstate != "running" {
 		t.Errorf("after Resume: %+v", i)
 	}
 	if got := readSettings(t, h, g.name); !got.equal(plain) {
@@ -339,7 +340,7 @@ func TestAgentDiesSuspended(t *testing.T) {
 			}
 			h.restart(t)
 			i, err := h.Get(guest.name)
-			if err != nil || !i.Suspended || i.State != StateMigrating {
+			if err != nil || !i.Suspended || i.State != hypervisor.StateMigrating {
 				t.Fatalf("after the agent's death: %+v, %v", i, err)
 			}
 			g = h.source(t, guest.name)
@@ -383,10 +384,10 @@ func TestMemoryAndProcess(t *testing.T) {
 	if err := g.Drain(testContext(t)); err != nil {
 		t.Error(err)
 	}
-	if _, err := h.Source(guest.name); !errors.As(err, new(*BusyError)) {
+	if _, err := h.Source(guest.name); !errors.As(err, new(*hypervisor.BusyError)) {
 		t.Errorf("a second source of the same guest: %v", err)
 	}
-	if err := h.Destroy(testContext(t), guest.name); !errors.As(err, new(*BusyError)) {
+	if err := h.Destroy(testContext(t), guest.name); !errors.As(err, new(*hypervisor.BusyError)) {
 		t.Errorf("destroy in the middle of a migration: %v", err)
 	}
 }

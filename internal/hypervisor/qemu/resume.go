@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"io/fs"
 	"time"
+
+	"github.com/lmctl/lmctl/internal/hypervisor"
 )
 
 // resumeTimeout bounds Resume. It does not end with the caller's context: a
@@ -133,7 +135,7 @@ func (v *vm) release(ctx context.Context) error {
 	if err := v.updateRecord(func(r *record) { r.Released = true }); err != nil {
 		return err
 	}
-	if err := v.end(ctx, End{Cause: EndMigrated}); err != nil {
+	if err := v.end(ctx, hypervisor.End{Cause: hypervisor.EndMigrated}); err != nil {
 		return err
 	}
 	if err := v.erase(); err != nil {

@@ -10,6 +10,7 @@ import (
 	"os"
 	"sync"
 
+	"github.com/lmctl/lmctl/internal/hypervisor"
 	"github.com/lmctl/lmctl/migrate"
 )
 
@@ -83,7 +84,7 @@ func (v *vm) buildShell(ctx context.Context, b *bundle, done func()) (_ *Shell, 
 func (v *vm) discard() error {
 	ctx, cancel := context.WithTimeout(context.Background(), 2*quitTimeout)
 	defer cancel()
-	err := v.end(ctx, End{Cause: EndDestroyed})
+	err := v.end(ctx, hypervisor.End{Cause: hypervisor.EndDestroyed})
 	if err == nil {
 		err = v.erase()
 	}
@@ -131,13 +132,13 @@ func (d *Driver) ShellOf(name string) (_ *Shell, ran bool, err error) {
 	if err != nil {
 		return nil, false, err
 	}
-	done, err := v.begin("incoming migration", StateIncoming, StateRunning, StatePaused)
+	done, err := v.begin("incoming migration", hypervisor.StateIncoming, hypervisor.StateRunning, hypervisor.StatePaused)
 	if err != nil {
 		return nil, false, err
 	}
 	v.mu.Lock()
 	inst := v.inst
-	ran = v.state != StateIncoming || hasRun(v.runstate)
+	ran = v.state != hypervisor.StateIncoming || hasRun(v.runstate)
 	v.mu.Unlock()
 	// The mark is there before the CPUs are told to run, so that one that
 	// cannot be looked for counts.
@@ -146,7 +147,7 @@ func (d *Driver) ShellOf(name string) (_ *Shell, ran bool, err error) {
 	}
 	if inst == nil {
 		done()
-		return nil, false, &StateError{Guest: name, Operation: "take over", State: StateStopped}
+		return nil, false, &hypervisor.StateError{Guest: name, Operation: "take over", State: hypervisor.StateStopped}
 	}
 	s, err := v.newShell(inst, done)
 	if err != nil {
@@ -288,7 +289,7 @@ func (s *Shell) Destroy(ctx context.Context) error {
 func (s *Shell) destroy(ctx context.Context) error {
 	defer s.done()
 	err := s.giveUp()
-	if err := s.v.end(ctx, End{Cause: EndDestroyed}); err != nil {
+	if err := s.v.end(ctx, hypervisor.End{Cause: hypervisor.EndDestroyed}); err != nil {
 		return err
 	}
 	if err := s.v.erase(); err != nil {

@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/lmctl/lmctl/internal/hypervisor"
 	"github.com/lmctl/lmctl/internal/sys"
 	"github.com/lmctl/lmctl/migrate"
 	"github.com/lmctl/lmctl/migrate/announce"
@@ -39,7 +40,7 @@ func (d *Driver) Source(name string) (*Guest, error) {
 	if err != nil {
 		return nil, err
 	}
-	done, err := v.begin("migration", StateRunning, StatePaused, StateMigrating)
+	done, err := v.begin("migration", hypervisor.StateRunning, hypervisor.StatePaused, hypervisor.StateMigrating)
 	if err != nil {
 		return nil, err
 	}
@@ -56,7 +57,7 @@ func (v *vm) source(done func()) (*Guest, error) {
 	inst := v.inst
 	v.mu.Unlock()
 	if inst == nil {
-		return nil, &StateError{Guest: v.def.Name, Operation: "migrate", State: StateStopped}
+		return nil, &hypervisor.StateError{Guest: v.def.Name, Operation: "migrate", State: hypervisor.StateStopped}
 	}
 	pidfd, err := inst.proc.duplicate()
 	if err != nil {

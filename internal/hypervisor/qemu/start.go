@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/lmctl/lmctl/internal/hypervisor"
 )
 
 // startTimeout bounds a QEMU's way from its start to its first word on QMP.
@@ -23,7 +25,7 @@ func (d *Driver) Start(ctx context.Context, name string) error {
 	if err != nil {
 		return err
 	}
-	done, err := v.begin("start", StateStopped)
+	done, err := v.begin("start", hypervisor.StateStopped)
 	if err != nil {
 		return err
 	}
@@ -39,7 +41,9 @@ func (v *vm) start(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	err = v.updateRecord(func(r *record) { *r = record{Run: run, End: &End{Cause: EndFailed, At: time.Now()}} })
+	err = v.updateRecord(func(r *record) {
+		*r = record{Run: run, End: &hypervisor.End{Cause: hypervisor.EndFailed, At: time.Now()}}
+	})
 	if err != nil {
 		return err
 	}
@@ -80,7 +84,7 @@ func (d *Driver) resolve(ctx context.Context, def *Definition) (*runRecord, erro
 }
 
 func (v *vm) recordFailure(cause error) {
-	end := &End{Cause: EndFailed, Detail: cause.Error(), At: time.Now()}
+	end := &hypervisor.End{Cause: hypervisor.EndFailed, Detail: cause.Error(), At: time.Now()}
 	if err := v.updateRecord(func(r *record) { r.End = end }); err != nil {
 		v.d.log.Error("record a failed start", "guest", v.def.Name, "error", err)
 	}
@@ -88,7 +92,7 @@ func (v *vm) recordFailure(cause error) {
 
 // abandon ends a QEMU that never ran its guest, and waits for it.
 func (v *vm) abandon(inst *instance, cause error) error {
-	v.retire(inst, End{Cause: EndFailed, Detail: cause.Error()})
+	v.retire(inst, hypervisor.End{Cause: hypervisor.EndFailed, Detail: cause.Error()})
 	select {
 	case <-inst.ended:
 		return cause
@@ -195,9 +199,9 @@ func (v *vm) meet(ctx context.Context, proc *process, offset int64, incoming boo
 	v.mu.Lock()
 	inst.offset = offset
 	v.mu.Unlock()
-	state := StateStarting
+	state := hypervisor.StateStarting
 	if incoming {
-		state = StateIncoming
+		state = hypervisor.StateIncoming
 	}
 	v.setState(state)
 	return inst, nil

@@ -5,10 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"time"
-)
 
-// ErrStillRunning says that a guest did not power down in time. It runs on.
-var ErrStillRunning = errors.New("the guest has not powered down in time and runs on; wait longer, or destroy it")
+	"github.com/lmctl/lmctl/internal/hypervisor"
+)
 
 // Stop asks a running guest to power down, as its power button would, and
 // waits until it has ended. A guest that does not within timeout runs on and
@@ -18,12 +17,12 @@ func (d *Driver) Stop(ctx context.Context, name string, timeout time.Duration) e
 	if err != nil {
 		return err
 	}
-	done, err := v.begin("stop", StateRunning)
+	done, err := v.begin("stop", hypervisor.StateRunning)
 	if err != nil {
 		return err
 	}
 	defer done()
-	ctx, cancel := context.WithTimeoutCause(ctx, timeout, ErrStillRunning)
+	ctx, cancel := context.WithTimeoutCause(ctx, timeout, hypervisor.ErrStillRunning)
 	defer cancel()
 	if err := v.powerDown(ctx); err != nil {
 		return fmt.Errorf("stop guest %s: %w", name, err)
@@ -32,12 +31,15 @@ func (d *Driver) Stop(ctx context.Context, name string, timeout time.Duration) e
 }
 
 func (v *vm) powerDown(ctx context.Context) error {
-	inst := v.intend(EndStopped)
+	inst := v.intend(hypervisor.EndStopped)
 	if inst == nil {
 		return nil // it ended by itself
 	}
 	if err := v.monitor(inst).run(ctx, "system_powerdown", nil, nil); err != nil {
 		v.intend("")
+		if cause := context.Cause(ctx); errors.Is(cause, hypervisor.ErrStillRunning) {
+			return fmt.Errorf("%w (%w)", cause, err)
+		}
 		return err
 	}
 	select {
@@ -52,7 +54,7 @@ func (v *vm) powerDown(ctx context.Context) error {
 }
 
 // intend notes what an operator wants of the guest's process.
-func (v *vm) intend(cause EndCause) *instance {
+func (v *vm) intend(cause hypervisor.EndCause) *instance {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	if v.inst != nil {
@@ -68,22 +70,22 @@ func (d *Driver) Destroy(ctx context.Context, name string) error {
 	if err != nil {
 		return err
 	}
-	done, err := v.begin("destroy", StateStarting, StateRunning, StatePaused, StateStopping, StateUnreachable)
+	done, err := v.begin("destroy", hypervisor.StateStarting, hypervisor.StateRunning, hypervisor.StatePaused, hypervisor.StateStopping, hypervisor.StateUnreachable)
 	if err != nil {
 		return err
 	}
 	defer done()
-	if i := v.info(); i.State == StateUnreachable && i.PID == 0 {
-		return &StateError{Guest: name, Operation: "destroy", State: i.State} // there may be a process that we cannot find
+	if i := v.info(); i.State == hypervisor.StateUnreachable && i.PID == 0 {
+		return &hypervisor.StateError{Guest: name, Operation: "destroy", State: i.State} // there may be a process that we cannot find
 	}
-	if err := v.end(ctx, End{Cause: EndDestroyed}); err != nil {
+	if err := v.end(ctx, hypervisor.End{Cause: hypervisor.EndDestroyed}); err != nil {
 		return fmt.Errorf("destroy guest %s: %w", name, err)
 	}
 	return nil
 }
 
 // end retires the guest's process, if it has one, and waits for its end.
-func (v *vm) end(ctx context.Context, end End) error {
+func (v *vm) end(ctx context.Context, end hypervisor.End) error {
 	v.mu.Lock()
 	inst := v.inst
 	v.mu.Unlock()

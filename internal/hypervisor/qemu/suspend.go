@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"io"
 	"time"
+
+	"github.com/lmctl/lmctl/internal/hypervisor"
 )
 
 // stateChannel is the name under which QEMU is given its end of the socket.
@@ -43,7 +45,7 @@ func (g *Guest) suspend(ctx context.Context, w io.Writer) (time.Time, error) {
 	if err := writeJSON(g.v.files.suspension(), before, false); err != nil {
 		return time.Time{}, err
 	}
-	g.v.change(func() { g.inst.suspended, g.v.state = true, StateMigrating })
+	g.v.change(func() { g.inst.suspended, g.v.state = true, hypervisor.StateMigrating })
 	if err := sourceSettings.apply(ctx, mon); err != nil {
 		return time.Time{}, err
 	}

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"sync"
 
+	"github.com/lmctl/lmctl/internal/hypervisor"
 	"github.com/lmctl/lmctl/migrate/announce"
 )
 
@@ -23,7 +24,7 @@ type vm struct {
 
 	mu       sync.Mutex
 	rec      record
-	state    State
+	state    hypervisor.State
 	busy     string // the operation under way
 	runstate string
 	inst     *instance           // nil without a process
@@ -31,22 +32,22 @@ type vm struct {
 }
 
 func (d *Driver) newVM(def *Definition) *vm {
-	return &vm{d: d, def: def, files: d.filesOf(def.Name, def.UUID), state: StateStopped}
+	return &vm{d: d, def: def, files: d.filesOf(def.Name, def.UUID), state: hypervisor.StateStopped}
 }
 
 // begin takes the guest for one operation. The caller calls done.
-func (v *vm) begin(operation string, allowed ...State) (done func(), err error) {
+func (v *vm) begin(operation string, allowed ...hypervisor.State) (done func(), err error) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	if v.busy != "" {
-		return nil, &BusyError{Guest: v.def.Name, Operation: v.busy}
+		return nil, &hypervisor.BusyError{Guest: v.def.Name, Operation: v.busy}
 	}
 	ok := len(allowed) == 0
 	for _, s := range allowed {
 		ok = ok || v.state == s
 	}
 	if !ok {
-		return nil, &StateError{Guest: v.def.Name, Operation: operation, State: v.state}
+		return nil, &hypervisor.StateError{Guest: v.def.Name, Operation: operation, State: v.state}
 	}
 	v.busy = operation
 	var once sync.Once
@@ -59,12 +60,12 @@ func (v *vm) begin(operation string, allowed ...State) (done func(), err error) 
 	}, nil
 }
 
-func (v *vm) info() Info {
+func (v *vm) info() hypervisor.Info {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	i := Info{
+	i := hypervisor.Info{
 		Name: v.def.Name, UUID: v.def.UUID, State: v.state, Busy: v.busy, Runstate: v.runstate,
-		Definition: *v.def, LogPath: v.files.log(), ConsolePath: v.files.console(),
+		Memory: int64(v.def.Memory), VCPUs: v.def.VCPUs, Bridges: v.def.bridges(), LogPath: v.files.log(), ConsolePath: v.files.console(),
 		ConsoleLog: v.files.consoleLog(), Observer: v.files.observer(),
 	}
 	if v.inst != nil {
@@ -72,7 +73,7 @@ func (v *vm) info() Info {
 		i.Suspended = v.inst.suspended
 	}
 	if run := v.rec.Run; run != nil {
-		i.Machine, i.Accelerator, i.CPU, i.Version, i.Started = run.Machine, run.Accelerator, run.CPU, run.Version, run.Started
+		i.Machine, i.Accelerator, i.CPU, i.Version, i.Started = run.Machine, string(run.Accelerator), run.CPU, run.Version, run.Started
 	}
 	if v.rec.End != nil {
 		end := *v.rec.End
@@ -82,7 +83,7 @@ func (v *vm) info() Info {
 }
 
 // setState notes a state and tells the watchers.
-func (v *vm) setState(s State) {
+func (v *vm) setState(s hypervisor.State) {
 	v.change(func() { v.state = s })
 }
 
@@ -156,7 +157,7 @@ func (v *vm) erase() error {
 	v.telling.Lock()
 	defer v.telling.Unlock()
 	i := v.info()
-	i.State = StateRemoved
+	i.State = hypervisor.StateRemoved
 	v.d.tell(i)
 	return nil
 }
