@@ -127,6 +127,7 @@ func (v *vm) launch(ctx context.Context, run *runRecord, incoming bool) (_ *inst
 	if err = errors.Join(err, closeAll(taps)); err != nil {
 		return nil, err
 	}
+	v.d.ownScope(ctx, v.def.Name, proc.id.PID)
 	return v.meet(ctx, proc, offset, incoming)
 }
 
