@@ -56,7 +56,7 @@ func newLabUpCommand(l *labOptions) *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "up", Short: "Make a lab", Args: takes(),
 		Long: "Makes a lab. What a crash has left of an earlier one in the same folder is removed first.\n" +
-			"In a lab that is up already, it starts the agents that do not run.",
+			"In a lab that is up already, it starts the agents (and libvirtd) that do not run.",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			opts.Dir = l.dir
 			if opts.Hosts < 1 || opts.Hosts > lab.MaxHosts {
@@ -87,16 +87,16 @@ func newLabUpCommand(l *labOptions) *cobra.Command {
 	return cmd
 }
 
-// revive starts the dead agents of a lab that is up. Where there are none, up is
+// revive starts the dead daemons of a lab that is up. Where there are none, up is
 // why there is nothing to do.
 func (l *labOptions) revive(ctx context.Context, up error) (*lab.Lab, error) {
 	open, err := lab.Open(l.dir)
 	if err != nil {
 		return nil, err
 	}
-	started, err := open.StartDeadAgents(ctx)
-	for _, host := range started {
-		l.say("the lab is up already; started the agent of " + host)
+	started, err := open.StartDead(ctx)
+	for _, what := range started {
+		l.say("the lab is up already; started " + what)
 	}
 	if err != nil {
 		return nil, err

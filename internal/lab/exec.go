@@ -14,10 +14,10 @@ import (
 )
 
 // environment is this process's, made to fit a node: lmctl is this lab's, and on
-// a host it talks to that host's agent.
+// a host it talks to that host's agent, and virsh to its libvirt.
 func (l *Lab) environment(node string) []string {
 	env := slices.DeleteFunc(os.Environ(), func(e string) bool {
-		return strings.HasPrefix(e, "LMCTL_AGENT=") || strings.HasPrefix(e, "LMCTL_TLS=") ||
+		return strings.HasPrefix(e, "LMCTL_AGENT=") || strings.HasPrefix(e, "LIBVIRT_") || strings.HasPrefix(e, "LMCTL_TLS=") ||
 			strings.HasPrefix(e, "LMCTL_LAB=") || strings.HasPrefix(e, "PATH=") || strings.HasPrefix(e, "NOTIFY_SOCKET=")
 	})
 	env = append(env,
@@ -28,10 +28,13 @@ func (l *Lab) environment(node string) []string {
 	if node != Client {
 		env = append(env, "LMCTL_AGENT="+l.AgentSocket(node))
 	}
+	if l.hasMounts(node) {
+		env = append(env, "LIBVIRT_DEFAULT_URI="+LibvirtURI)
+	}
 	return env
 }
 
-// Start starts a command on a node: in its namespace, with an environment in
+// Start starts a command on a node: in its namespaces, with an environment in
 // which lmctl is this lab's and talks to that host's agent. The command must
 // not have been started; its own Env is added.
 func (l *Lab) Start(node string, cmd *exec.Cmd) error {
@@ -44,7 +47,7 @@ func (l *Lab) Start(node string, cmd *exec.Cmd) error {
 	if name := cmd.Args[0]; name == "lmctl" {
 		cmd.Path, cmd.Err = l.state.Binary, nil
 	}
-	if err := inNamespace(l.namespace(node), cmd.Start); err != nil {
+	if err := l.onNode(node, cmd.Start); err != nil {
 		return fmt.Errorf("lab: on %s: %w", node, err)
 	}
 	return nil
@@ -65,7 +68,7 @@ func (l *Lab) Exec(node string, argv []string) error {
 		}
 	}
 	// The thread that does it brings its namespace along.
-	return inNamespace(l.namespace(node), func() error {
+	return l.onNode(node, func() error {
 		if err := unix.Exec(path, argv, env); err != nil {
 			return fmt.Errorf("lab: on %s: %s: %w", node, path, err)
 		}
@@ -88,14 +91,14 @@ func (l *Lab) Output(ctx context.Context, node string, argv ...string) ([]byte, 
 	return []byte(out.String()), nil
 }
 
-// In runs f on a thread that is in a node's network namespace. Sockets that f
+// In runs f on a thread that is in a node's namespaces. Sockets and files that f
 // opens belong to it and keep working afterwards; goroutines that f starts do
 // not run there.
 func (l *Lab) In(node string, f func() error) error {
 	if err := l.isNode(node); err != nil {
 		return err
 	}
-	return inNamespace(l.namespace(node), f)
+	return l.onNode(node, f)
 }
 
 // Dial connects from a node. The address must be numeric: a name would be

@@ -33,17 +33,23 @@ type Options struct {
 	NoAgents bool
 	// AgentEnv is added to the environment of agents.
 	AgentEnv []string
+	// Hypervisor is what runs the guests; QEMU if empty. Libvirt says how, if
+	// it is libvirt.
+	Hypervisor Hypervisor
+	Libvirt    LibvirtOptions
 }
 
 // state is what a lab knows of itself, in the file lab.json of its folder. It is
 // written before anything else is made, so that what a crash leaves is found.
 type state struct {
-	ID          string   `json:"id"` // unique among the labs of this machine
-	Hosts       int      `json:"hosts"`
-	Binary      string   `json:"binary"`
-	MemoryLimit int64    `json:"memory_limit"`
-	AgentEnv    []string `json:"agent_env,omitempty"`
-	Ready       bool     `json:"ready"` // Up came to its end
+	ID          string          `json:"id"` // unique among the labs of this machine
+	Hosts       int             `json:"hosts"`
+	Binary      string          `json:"binary"`
+	MemoryLimit int64           `json:"memory_limit"`
+	AgentEnv    []string        `json:"agent_env,omitempty"`
+	Hypervisor  Hypervisor      `json:"hypervisor,omitempty"`
+	Libvirt     *LibvirtOptions `json:"libvirt,omitempty"` // with Hypervisor Libvirt
+	Ready       bool            `json:"ready"`             // Up came to its end
 }
 
 // Lab is a lab that is up.
@@ -87,7 +93,10 @@ func newLab(o Options) (*Lab, error) {
 	if os.Geteuid() != 0 {
 		return nil, errNotRoot
 	}
-	l := &Lab{dir: o.Dir, state: state{Hosts: o.Hosts, Binary: o.Binary, MemoryLimit: o.MemoryLimit, AgentEnv: o.AgentEnv}}
+	l := &Lab{dir: o.Dir, state: state{
+		Hosts: o.Hosts, Binary: o.Binary, MemoryLimit: o.MemoryLimit, AgentEnv: o.AgentEnv,
+		Hypervisor: o.Hypervisor, Libvirt: &o.Libvirt,
+	}}
 	if l.dir == "" {
 		l.dir = DefaultDir
 	}
@@ -108,6 +117,9 @@ func newLab(o Options) (*Lab, error) {
 	}
 	if l.state.MemoryLimit < 0 {
 		return nil, fmt.Errorf("lab: memory limit of %d bytes", o.MemoryLimit)
+	}
+	if err := l.state.settleHypervisor(); err != nil {
+		return nil, err
 	}
 	id := make([]byte, 4)
 	if _, err := rand.Read(id); err != nil {
@@ -135,8 +147,16 @@ func (l *Lab) build(ctx context.Context, noAgents bool) error {
 			return err
 		}
 	}
-	if !noAgents {
-		if err := l.startAgents(ctx); err != nil {
+	if l.Hypervisor() == Libvirt {
+		if err := l.makeLibvirtHosts(); err != nil {
+			return err
+		}
+	}
+	for _, d := range l.Daemons() {
+		if d == Agent && noAgents {
+			continue
+		}
+		if err := l.startAll(ctx, d); err != nil {
 			return err
 		}
 	}
@@ -180,7 +200,8 @@ func load(dir string) (state, error) {
 	if err := json.Unmarshal(b, &s); err != nil {
 		return s, fmt.Errorf("lab: %s: %w", stateFile(dir), err)
 	}
-	if id, err := hex.DecodeString(s.ID); err != nil || len(id) != 4 || s.Hosts < 1 || s.Hosts > MaxHosts {
+	if id, err := hex.DecodeString(s.ID); err != nil || len(id) != 4 || s.Hosts < 1 || s.Hosts > MaxHosts ||
+		(s.Hypervisor == Libvirt) != (s.Libvirt != nil) {
 		return s, fmt.Errorf("lab: %s: not a lab's", stateFile(dir))
 	}
 	return s, nil
@@ -226,6 +247,9 @@ func (l *Lab) makeFolders() error {
 		}
 	}
 	options := "mode=0700"
+	if l.Hypervisor() == Libvirt {
+		options = "mode=1777" // it is /dev/shm there, and QEMU need not be root
+	}
 	if l.state.MemoryLimit > 0 {
 		options += fmt.Sprintf(",size=%d", l.state.MemoryLimit)
 	}

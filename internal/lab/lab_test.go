@@ -270,7 +270,7 @@ func TestAgents(t *testing.T) {
 		if runs, err := again.AgentRuns("host1"); err != nil || runs {
 			t.Errorf("after its end the agent runs: %v, %v", runs, err)
 		}
-		if err := end(t.Context(), "host1"); !errors.Is(err, errNoAgent) {
+		if err := end(t.Context(), "host1"); !errors.Is(err, errNotRunning) {
 			t.Errorf("ended twice: %v", err)
 		}
 		if err := again.StartAgent(t.Context(), "host1"); err != nil {
@@ -280,8 +280,8 @@ func TestAgents(t *testing.T) {
 	if err := again.KillAgent(t.Context(), "host2"); err != nil {
 		t.Fatal(err)
 	}
-	for _, want := range [][]string{{"host2"}, nil} {
-		if started, err := again.StartDeadAgents(t.Context()); err != nil || !slices.Equal(started, want) {
+	for _, want := range [][]string{{"the agent of host2"}, nil} {
+		if started, err := again.StartDead(t.Context()); err != nil || !slices.Equal(started, want) {
 			t.Errorf("dead agents started: %v, %v, want %v", started, err, want)
 		}
 	}

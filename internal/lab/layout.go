@@ -96,17 +96,24 @@ func (l *Lab) Storage() string { return filepath.Join(l.dir, "storage") }
 // HostDir is where a host keeps what is its own.
 func (l *Lab) HostDir(host string) string { return filepath.Join(l.dir, "hosts", host) }
 
-// StateDir, RunDir and MemoryDir are those of a host's agent.
+// StateDir and MemoryDir are those of a host's agent.
 func (l *Lab) StateDir(host string) string  { return filepath.Join(l.HostDir(host), "state") }
-func (l *Lab) RunDir(host string) string    { return filepath.Join(l.HostDir(host), "run") }
 func (l *Lab) MemoryDir(host string) string { return filepath.Join(l.HostDir(host), "memory") }
+
+// RunDir is the agent's too. With libvirt it is /run/lmctl on the host.
+func (l *Lab) RunDir(host string) string {
+	if l.hasMounts(host) {
+		return filepath.Join(l.runRoot(host), "lmctl")
+	}
+	return filepath.Join(l.HostDir(host), "run")
+}
 
 // AgentSocket is where a host's agent answers lmctl on that host.
 func (l *Lab) AgentSocket(host string) string { return filepath.Join(l.RunDir(host), "agent.sock") }
 
 // AgentConfig and AgentLog are files of a host's agent.
 func (l *Lab) AgentConfig(host string) string { return filepath.Join(l.HostDir(host), "agent.yaml") }
-func (l *Lab) AgentLog(host string) string    { return filepath.Join(l.HostDir(host), "agent.log") }
+func (l *Lab) AgentLog(host string) string    { return l.DaemonLog(host, Agent) }
 
 // CertDir holds the certificate of a host, or of the operator.
 func (l *Lab) CertDir(name string) string { return filepath.Join(l.dir, "pki", name) }

@@ -30,13 +30,8 @@ func makeNamespace(name string) error {
 // starts inherits it: sockets, processes; goroutines do not.
 func inNamespace(name string, f func() error) error {
 	return onOwnThread(func() error {
-		h, err := netns.GetFromName(name)
-		if err != nil {
-			return fmt.Errorf("lab: network namespace %s: %w", name, err)
-		}
-		defer h.Close()
-		if err := netns.Set(h); err != nil {
-			return fmt.Errorf("lab: enter network namespace %s: %w", name, err)
+		if err := setNamespace(name); err != nil {
+			return err
 		}
 		return f()
 	})
