@@ -1,3 +1,5 @@
+//go:build !man
+
 // lmctl moves running guests between hosts and keeps them alive. The same
 // binary is the agent on each host (lmctl agent) and the command line that
 // talks to it.
