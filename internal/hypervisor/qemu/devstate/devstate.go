@@ -92,6 +92,9 @@ type parser struct {
 	w      *bufio.Writer
 	offset int64
 	part   string
+
+	back   io.Writer // the return path's other direction, nil if there is none
+	opened bool      // QEMU waits for what is said there
 }
 
 func (p *parser) header() error {
@@ -264,11 +267,21 @@ func (p *parser) commands() error {
 		if err != nil || m != command {
 			return err
 		}
-		b, err := p.pass(5)
+		head, err := p.take(5)
 		if err != nil {
 			return err
 		}
-		if _, err := p.pass(int(binary.BigEndian.Uint16(b[3:]))); err != nil {
+		data, err := p.take(int(binary.BigEndian.Uint16(head[3:])))
+		if err != nil {
+			return err
+		}
+		if done, err := p.answer(binary.BigEndian.Uint16(head[1:]), data); done || err != nil {
+			if err != nil {
+				return err
+			}
+			continue
+		}
+		if err := errors.Join(p.put(head), p.put(data)); err != nil {
 			return err
 		}
 	}
