@@ -61,12 +61,12 @@ func (v *vm) bundle(ctx context.Context, mon *monitor) (*bundle, error) {
 	if err != nil {
 		return nil, err
 	}
-	nics, err := v.cards()
+	described, err := v.cards()
 	if err != nil {
 		return nil, err
 	}
 	cards := make(map[string]cardFacts)
-	for _, n := range nics {
+	for _, n := range described {
 		cards[n.MAC.String()] = cardFacts{Addresses: n.Addresses, Router: n.Router}
 	}
 	return &bundle{

@@ -2,15 +2,12 @@ package qemu
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"net"
 	"net/netip"
 	"slices"
-	"time"
 
-	"golang.org/x/sys/unix"
-
+	"github.com/lmctl/lmctl/internal/hypervisor/nics"
 	"github.com/lmctl/lmctl/migrate/announce"
 )
 
@@ -23,28 +20,36 @@ type cardFacts struct {
 // cards describes the guest's cards with all that is known of them by now.
 func (v *vm) cards() ([]announce.NIC, error) {
 	v.mu.Lock()
-	learners, brought := slices.Clone(v.learners), v.rec.Cards
+	learners, brought := v.learners, v.rec.Cards
 	v.mu.Unlock()
-	nics := make([]announce.NIC, len(v.def.NICs))
-	for i := range v.def.NICs {
-		nic, err := v.card(i)
-		if err != nil {
-			return nil, err
-		}
-		more := brought[nic.MAC.String()]
-		nic.Router = more.Router
-		if i < len(learners) && learners[i] != nil {
-			more.Addresses = append(slices.Clone(more.Addresses), learners[i].Addresses()...)
-			nic.Router = nic.Router || learners[i].Router()
-		}
-		for _, a := range more.Addresses {
-			if !slices.Contains(nic.Addresses, a) {
-				nic.Addresses = append(nic.Addresses, a)
+	cards, err := v.defined()
+	if err != nil {
+		return nil, err
+	}
+	for i := range cards {
+		card := &cards[i]
+		more := brought[card.MAC.String()]
+		learnt, router := learners.Known(card.MAC.String())
+		card.Router = more.Router || router
+		for _, a := range slices.Concat(more.Addresses, learnt) {
+			if !slices.Contains(card.Addresses, a) {
+				card.Addresses = append(card.Addresses, a)
 			}
 		}
-		nics[i] = nic
 	}
-	return nics, nil
+	return cards, nil
+}
+
+// defined describes the guest's cards by the definition.
+func (v *vm) defined() ([]announce.NIC, error) {
+	cards := make([]announce.NIC, len(v.def.NICs))
+	for i := range v.def.NICs {
+		var err error
+		if cards[i], err = v.card(i); err != nil {
+			return nil, err
+		}
+	}
+	return cards, nil
 }
 
 // card describes a card by the definition.
@@ -65,19 +70,14 @@ func (v *vm) card(i int) (announce.NIC, error) {
 	return nic, nil
 }
 
-// learn begins to gather the addresses of a guest that runs here. A card on
-// which that fails is announced with what is known of it otherwise.
+// learn begins to gather the addresses of a guest that runs here.
 func (v *vm) learn() {
-	learners := make([]*announce.Learner, len(v.def.NICs))
-	for i := range v.def.NICs {
-		nic, err := v.card(i)
-		if err == nil {
-			learners[i], err = announce.Start(v.d.ctx, nic.Tap, nic.MAC)
-		}
-		if err != nil {
-			v.d.log.Warn("learn the guest's addresses", "guest", v.def.Name, "card", i, "error", err)
-		}
+	cards, err := v.defined()
+	if err != nil {
+		v.d.log.Warn("learn the guest's addresses", "guest", v.def.Name, "error", err)
+		return
 	}
+	learners := nics.Learn(v.d.ctx, v.d.log, v.def.Name, cards)
 	v.mu.Lock()
 	v.learners = learners
 	v.mu.Unlock()
@@ -89,13 +89,7 @@ func (v *vm) unlearn() error {
 	learners := v.learners
 	v.learners = nil
 	v.mu.Unlock()
-	var errs []error
-	for _, l := range learners {
-		if l != nil {
-			errs = append(errs, l.Close())
-		}
-	}
-	return errors.Join(errs...)
+	return learners.Close()
 }
 
 // Announce tells the network where the cards of a guest of this host are, and
@@ -112,103 +106,41 @@ func (v *vm) announce(ctx context.Context) (int, error) {
 	if len(v.def.NICs) == 0 {
 		return 0, nil
 	}
-	nics, err := v.cards()
+	cards, err := v.cards()
 	if err != nil {
 		return 0, fmt.Errorf("announce guest %s: %w", v.def.Name, err)
 	}
-	n, err := v.d.cfg.Announce(ctx, nics)
+	n, err := v.d.cfg.Announce(ctx, cards)
 	if err != nil {
 		return n, fmt.Errorf("announce guest %s: %w", v.def.Name, err)
 	}
 	return n, nil
 }
 
-// catch begins to keep what comes for the guest's cards. A card on which that
-// fails loses what comes during the pause, as a link would that was pulled for
-// as long; the migration goes on.
-func (g *Guest) catch() {
-	for i := range g.v.def.NICs {
-		nic, err := g.v.card(i)
-		var s *announce.Stranded
-		if err == nil {
-			s, err = announce.OpenStranded(nic)
-		}
-		if err != nil {
-			g.v.d.log.Warn("what comes for the guest while it stands still will be lost", "guest", g.Name(), "card", i, "error", err)
-			continue
-		}
-		g.stranded = append(g.stranded, s)
+// catch begins to keep what comes for the guest's cards.
+func (g *Guest) catch() error {
+	cards, err := g.v.defined()
+	if err != nil {
+		return err
 	}
-}
-
-// caught says from when on the guest has received nothing.
-func (g *Guest) caught(stopped time.Time) {
-	for _, s := range g.stranded {
-		s.Stopped(stopped)
-	}
+	g.caught = nics.Catch(g.v.d.log, g.Name(), cards)
+	return nil
 }
 
 // uncatch ends what catch began.
 func (g *Guest) uncatch() error {
-	var errs []error
-	for _, s := range g.stranded {
-		errs = append(errs, s.Close())
-	}
-	g.stranded = nil
-	return errors.Join(errs...)
+	err := g.caught.Close()
+	g.caught = nil
+	return err
 }
 
 // Forward sends the frames on that came here for the stopped guest, and those
 // that still come until ctx is done. There are none to send if this Guest was
 // not the one that suspended it.
 func (g *Guest) Forward(ctx context.Context) (int, error) {
-	type outcome struct {
-		frames int
-		err    error
-	}
-	results := make(chan outcome)
-	for _, s := range g.stranded {
-		go func() {
-			unread := g.unread(s)
-			n, err := s.Forward(ctx)
-			err = errors.Join(unread, err)
-			if d := s.Dropped(); err == nil && d > 0 {
-				err = fmt.Errorf("%d frames could not be sent", d)
-			}
-			results <- outcome{n, err}
-		}()
-	}
-	frames, errs := 0, []error(nil)
-	for range g.stranded {
-		r := <-results
-		frames += r.frames
-		errs = append(errs, r.err)
-	}
-	if err := errors.Join(errs...); err != nil {
+	frames, err := g.caught.Forward(ctx, g.inst.proc.id.PID, g.pidfd)
+	if err != nil {
 		return frames, fmt.Errorf("forward what came for guest %s: %w", g.Name(), err)
 	}
 	return frames, nil
-}
-
-// unread has those frames sent on too that QEMU left in its tap before the
-// stop.
-func (g *Guest) unread(s *announce.Stranded) (err error) {
-	theirs, err := announce.TapFDs(g.inst.proc.id.PID, s.Tap())
-	if err != nil {
-		return err
-	}
-	var ours []int
-	defer func() {
-		for _, fd := range ours {
-			err = errors.Join(err, unix.Close(fd))
-		}
-	}()
-	for _, fd := range theirs {
-		dup, err := unix.PidfdGetfd(g.pidfd, fd, 0)
-		if err != nil {
-			return fmt.Errorf("duplicate descriptor %d of QEMU: %w", fd, err)
-		}
-		ours = append(ours, dup)
-	}
-	return s.Unread(ours...)
 }

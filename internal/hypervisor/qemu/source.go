@@ -10,9 +10,9 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/lmctl/lmctl/internal/hypervisor"
+	"github.com/lmctl/lmctl/internal/hypervisor/nics"
 	"github.com/lmctl/lmctl/internal/sys"
 	"github.com/lmctl/lmctl/migrate"
-	"github.com/lmctl/lmctl/migrate/announce"
 )
 
 // Guest is a guest of this host as the source of a migration. It holds the
@@ -25,9 +25,9 @@ type Guest struct {
 	done  func()
 	once  sync.Once
 
-	stream   *stateStream         // from Suspend on
-	told     bool                 // QEMU was told to complete its migration
-	stranded []*announce.Stranded // from Suspend to Resume or Close
+	stream *stateStream // from Suspend on
+	told   bool         // QEMU was told to complete its migration
+	caught *nics.Caught // from Suspend to Resume or Close
 }
 
 var _ migrate.Guest = (*Guest)(nil)

@@ -49,7 +49,9 @@ func (g *Guest) suspend(ctx context.Context, w io.Writer) (time.Time, error) {
 	if err := sourceSettings.apply(ctx, mon); err != nil {
 		return time.Time{}, err
 	}
-	g.catch()
+	if err := g.catch(); err != nil {
+		return time.Time{}, err
+	}
 	sub := mon.subscribe()
 	defer sub.close()
 	if err := g.startStream(ctx, mon, w); err != nil {
@@ -106,7 +108,7 @@ func (g *Guest) awaitStop(ctx context.Context, mon *monitor, sub *subscription) 
 		case "STOP":
 			if stopped.IsZero() {
 				stopped = e.received
-				g.caught(e.sent())
+				g.caught.Stopped(e.sent())
 			}
 		case "SHUTDOWN", "GUEST_PANICKED":
 			return time.Time{}, errGuestEnded

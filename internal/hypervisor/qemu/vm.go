@@ -9,7 +9,7 @@ import (
 	"sync"
 
 	"github.com/lmctl/lmctl/internal/hypervisor"
-	"github.com/lmctl/lmctl/migrate/announce"
+	"github.com/lmctl/lmctl/internal/hypervisor/nics"
 )
 
 // vm is a guest as the driver knows it.
@@ -27,8 +27,8 @@ type vm struct {
 	state    hypervisor.State
 	busy     string // the operation under way
 	runstate string
-	inst     *instance           // nil without a process
-	learners []*announce.Learner // one for each card while the guest runs; an entry may be nil
+	inst     *instance      // nil without a process
+	learners *nics.Learners // while the guest runs
 }
 
 func (d *Driver) newVM(def *Definition) *vm {
