@@ -9,6 +9,11 @@
 #   fuzz          every fuzz test for FUZZTIME (10s)
 #   demo          a Linux guest moves to another host and back
 #   bench         the quick comparison with QEMU's own migration
+#   docs          manual pages and shell completion, below dist/
+#   install       what was built, below PREFIX (/usr/local) and DESTDIR
+#   uninstall     removes that again; configuration stays
+#   deb           a Debian package, in dist/
+#   package       builds, installs and purges the package in a Debian root
 #   proto         generate the API's Go code (needs protobuf-compiler)
 #   install-deps  install what building and testing take
 #   clean
@@ -17,6 +22,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := build
 .PHONY: build init test lint unit e2e fuzz fuzz-seeds demo bench proto \
+	docs install uninstall deb package \
 	install-deps install-run-deps need-root qemu10 clean
 
 export PATH := $(PATH):/usr/local/go/bin:/usr/sbin:/sbin
@@ -25,6 +31,11 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unkn
 # The version goes in by itself: a checkout that git distrusts builds all the same.
 export GOFLAGS := $(GOFLAGS) -buildvcs=false
 
+# What is built of one revision is the same whenever it is built.
+export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || echo 0)
+export DESTDIR PREFIX
+
+LDFLAGS = -s -w -X main.version=$(VERSION)
 STATICCHECK = go tool -modfile=tools/go.mod staticcheck
 REPORT = go run ./test/report
 TEST_LOG = dist/tests.jsonl
@@ -46,7 +57,7 @@ endif
 endif
 
 build: init
-	CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/lmctl ./cmd/lmctl
+	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o bin/lmctl ./cmd/lmctl
 
 # The init of Linux guests, which bin/lmctl has in it.
 init:
@@ -68,7 +79,8 @@ lint:
 	go vet -tags failpoint ./...
 	$(STATICCHECK) ./...
 	$(STATICCHECK) -tags failpoint ./...
-	shellcheck scripts/* .ci/run
+	go vet -tags man ./cmd/lmctl
+	shellcheck scripts/* .ci/run packaging/install packaging/build-deb packaging/debian/p*
 
 unit:
 	$(REPORT) run -log $(TEST_LOG) -- -race $(if $(CI),-count=1) -timeout $(UNIT_TIMEOUT) $(AS_ROOT) \
@@ -99,6 +111,20 @@ bench: need-root install-run-deps build
 need-root:
 	@[ "$$(id -u)" -eq 0 ] || command -v sudo >/dev/null || \
 		{ echo "the lab's hosts are network namespaces: run make as root, or install sudo" >&2; exit 1; }
+
+docs: build
+	rm -rf dist/man dist/completion && mkdir -p dist/man dist/completion
+	go run -tags man -ldflags '$(LDFLAGS)' ./cmd/lmctl dist/man
+	for shell in bash zsh fish; do bin/lmctl completion $$shell >dist/completion/$$shell; done
+
+install: docs
+	packaging/install install
+
+uninstall:
+	packaging/install uninstall
+
+deb: docs
+	packaging/build-deb '$(VERSION)' dist
 
 proto:
 	@command -v protoc >/dev/null || { echo "make proto needs protoc: install protobuf-compiler" >&2; exit 1; }

@@ -28,6 +28,8 @@ func Config(text []byte, version string, date time.Time) ([]byte, error) {
 		switch {
 		case err != nil:
 			return nil, fmt.Errorf("agent.yaml, paragraph %d: %w", i+1, err)
+		case i == 0:
+			// The title of the file, not of the page.
 		case len(p.keys) == 0:
 			intro.WriteString(markdown(p.text) + "\n")
 		default:
@@ -72,6 +74,9 @@ func parse(block string) (paragraph, error) {
 		if m := innerWhy.FindStringSubmatch(line); m != nil && outer != "" {
 			why = append(why, m[1])
 		} else if m := innerKey.FindStringSubmatch(line); m != nil && outer != "" {
+			if len(why) == 0 {
+				return p, fmt.Errorf("nothing is said of %s.%s", outer, m[1])
+			}
 			p.keys = append(p.keys, key{outer + "." + m[1], m[2], strings.Join(why, "\n")})
 			why = nil
 		} else if m := keyLine.FindStringSubmatch(line); m != nil {
@@ -89,23 +94,24 @@ func parse(block string) (paragraph, error) {
 	return p, nil
 }
 
-// write puts the paragraph's keys under headings, the text below the first, or
-// above them when they are a mapping's.
+// write lists the paragraph's keys. Those of a mapping are below the text that
+// they have in common.
 func (p paragraph) write(b *strings.Builder) {
 	outer, _, mapping := strings.Cut(p.keys[0].name, ".")
 	if mapping {
-		fmt.Fprintf(b, "## %s\n\n%s\n", escape.Replace(outer), markdown(p.text))
+		fmt.Fprintf(b, "**%s**\n: %s\n\n", escape.Replace(outer), oneParagraph(p.text))
 	}
 	for _, k := range p.keys {
-		name := escape.Replace(k.name)
+		fmt.Fprintf(b, "**%s: %s**\n", escape.Replace(k.name), escape.Replace(k.value))
+		text := k.text
 		if !mapping {
-			fmt.Fprintf(b, "## %s: %s\n\n%s\n", name, escape.Replace(k.value), markdown(p.text))
-			continue
+			text = p.text
 		}
-		fmt.Fprintf(b, "**%s: %s**\n", name, escape.Replace(k.value))
-		if k.text != "" {
-			fmt.Fprintf(b, "\t%s\n", strings.ReplaceAll(markdown(k.text), "\n", "\n\t"))
-		}
-		b.WriteString("\n")
+		fmt.Fprintf(b, ": %s\n\n", oneParagraph(text))
 	}
+}
+
+// oneParagraph is markdown that goes on in the item that it is put into.
+func oneParagraph(text string) string {
+	return strings.ReplaceAll(strings.TrimSpace(markdown(text)), "\n", "\n    ")
 }

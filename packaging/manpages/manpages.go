@@ -4,9 +4,11 @@
 package manpages
 
 import (
+	"bytes"
 	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"time"
 
@@ -20,6 +22,9 @@ func Write(dir string, root *cobra.Command, config []byte, version string, date 
 	prepare(root)
 	header := &doc.GenManHeader{Section: "1", Source: "lmctl " + version, Manual: "lmctl", Date: &date}
 	if err := doc.GenManTree(root, header, dir); err != nil {
+		return fmt.Errorf("write manual pages: %w", err)
+	}
+	if err := hangFlags(dir); err != nil {
 		return fmt.Errorf("write manual pages: %w", err)
 	}
 	page, err := Config(config, version, date)
@@ -46,6 +51,31 @@ func prepare(cmd *cobra.Command) {
 	for _, c := range cmd.Commands() {
 		prepare(c)
 	}
+}
+
+// flagLine is how a flag comes out: a paragraph of its own, with a tab between
+// the flag and what it does.
+var flagLine = regexp.MustCompile(`(?m)^(?:\.PP\n)?(\\fB-.*)\n\t(.*)$`)
+
+// hangFlags makes the flags of the pages in dir items of a list. One that is on
+// or off needs no value.
+func hangFlags(dir string) error {
+	pages, err := filepath.Glob(filepath.Join(dir, "*.1"))
+	if err != nil {
+		return err
+	}
+	for _, path := range pages {
+		text, err := os.ReadFile(path)
+		if err != nil {
+			return err
+		}
+		text = flagLine.ReplaceAll(text, []byte(".TP\n$1\n$2"))
+		text = bytes.ReplaceAll(text, []byte("[=false]"), nil)
+		if err := os.WriteFile(path, text, 0o644); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // markdown keeps lines that are indented as they are, and escapes what Markdown
