@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"net/netip"
 	"os"
@@ -20,7 +21,43 @@ import (
 	"github.com/lmctl/lmctl/internal/testenv"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	fd, err := stamping()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "have the kernel take the time of frames:", err)
+		os.Exit(1)
+	}
+	defer unix.Close(fd)
+	goleak.VerifyTestMain(m)
+}
+
+// stamping returns a socket that has the kernel take the time of every frame,
+// once it does: it begins some while after it was asked. Guests have a Learner
+// that does the same.
+func stamping() (fd int, err error) {
+	fd, err = unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return -1, err
+	}
+	if err := unix.Bind(fd, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}); err != nil {
+		return -1, errors.Join(err, unix.Close(fd))
+	}
+	self, err := unix.Getsockname(fd)
+	if err == nil {
+		err = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_TIMESTAMPING_NEW, stamps)
+	}
+	b, oob := make([]byte, 1), make([]byte, 128)
+	for err == nil {
+		if err = unix.Sendto(fd, b, 0, self); err != nil {
+			break
+		}
+		var n int
+		if _, n, _, _, err = unix.Recvmsg(fd, b, oob, 0); err == nil && n > 0 {
+			return fd, nil
+		}
+	}
+	return -1, errors.Join(err, unix.Close(fd))
+}
 
 var (
 	guestMAC = net.HardwareAddr{0x52, 0x54, 0x00, 0x12, 0x34, 0x56}

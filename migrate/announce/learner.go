@@ -59,11 +59,30 @@ func Start(ctx context.Context, ifname string, mac net.HardwareAddr) (*Learner, 
 	if err != nil {
 		return nil, fmt.Errorf("announce: learn on %s: %w", ifname, err)
 	}
+	if err := stampFrames(conn); err != nil {
+		return nil, errors.Join(fmt.Errorf("announce: learn on %s: %w", ifname, err), conn.Close())
+	}
 	l := &Learner{conn: conn, mac: mac, done: make(chan struct{})}
 	// A deadline wakes the reader; the socket is closed by Close alone.
 	l.stop = context.AfterFunc(ctx, l.interrupt)
 	go l.run()
 	return l, nil
+}
+
+// stampFrames has the kernel take the time of every frame for as long as the
+// socket is open. The learner has no use for it, but a migration's Stranded
+// does, and the kernel begins some while after it was first asked: a guest with
+// a learner has no frame without a time.
+func stampFrames(conn *packet.Conn) error {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var set error
+	err = raw.Control(func(fd uintptr) {
+		set = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_TIMESTAMPING_NEW, stamps)
+	})
+	return errors.Join(err, named("SO_TIMESTAMPING", set))
 }
 
 func (l *Learner) interrupt() {

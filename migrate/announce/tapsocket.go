@@ -21,6 +21,11 @@ const socketBuffer = 8 << 20
 // largestFrame is that of a tap, 64 KiB of IP, with Ethernet header and tags.
 const largestFrame = 64<<10 + 64
 
+// stamps is the value of SO_TIMESTAMPING that asks for the time at which a frame
+// came. Unlike SO_TIMESTAMPNS, it does not make up a time for a frame that came
+// before the kernel had begun to take it.
+const stamps = unix.SOF_TIMESTAMPING_RX_SOFTWARE | unix.SOF_TIMESTAMPING_SOFTWARE
+
 // tapSocket is a packet socket that gets a copy of each frame that a tap is
 // given for the guest, also when the tap's own queue is full. The frames that
 // come from the guest, and those for other MACs, a filter drops in the kernel.
@@ -40,9 +45,6 @@ func openTapSocket(index int, mac net.HardwareAddr) (*tapSocket, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open packet socket: %w", err)
 	}
-	// Unlike SO_TIMESTAMPNS, SO_TIMESTAMPING does not make up a time for a
-	// frame that came before the kernel had begun to take it.
-	const stamps = unix.SOF_TIMESTAMPING_RX_SOFTWARE | unix.SOF_TIMESTAMPING_SOFTWARE
 	err = errors.Join(
 		named("filter", conn.SetBPF(filter)),
 		named("SO_RCVBUFFORCE", conn.SetsockoptInt(unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, socketBuffer)),
