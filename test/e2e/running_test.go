@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"context"
+	"errors"
 	"path/filepath"
 	"sync"
 	"testing"
@@ -41,6 +42,15 @@ func (c *cluster) watchRunning(g *flatGuest) *runningWatch {
 		}()
 	}
 	c.t.Cleanup(w.stop)
+	// The guest runs: a watch that has not seen that has not begun.
+	c.eventually("the watch sees the guest run", func() error {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		if len(w.runs) == 0 {
+			return errors.New("no copy is seen running")
+		}
+		return nil
+	})
 	return w
 }
 
@@ -112,9 +122,6 @@ func (w *runningWatch) never2() {
 	w.t.Helper()
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if len(w.runs) == 0 {
-		w.t.Error("no copy was ever seen running: the watch saw nothing")
-	}
 	for i, a := range w.runs {
 		for _, b := range w.runs[i+1:] {
 			if a.host == b.host {
