@@ -28,6 +28,7 @@ type fakeAgent struct {
 	report   migrate.Report
 	started  *lmctlv1.StartMigrationRequest
 	guests   []*lmctlv1.Guest
+	moves    []*lmctlv1.Migration
 	lines    []*lmctlv1.CheckLine
 	hold     chan struct{} // Watch waits for it before it ends
 	watching chan struct{}
@@ -55,6 +56,10 @@ func (m fakeMigrations) Start(_ context.Context, r *lmctlv1.StartMigrationReques
 		return nil, f.startErr
 	}
 	return &lmctlv1.Migration{Id: "m1", Guest: r.Guest, Destination: r.Destination}, nil
+}
+
+func (m fakeMigrations) List(context.Context, *lmctlv1.ListMigrationsRequest) (*lmctlv1.ListMigrationsResponse, error) {
+	return &lmctlv1.ListMigrationsResponse{Migrations: m.f.moves}, nil
 }
 
 func (m fakeMigrations) Watch(_ *lmctlv1.MigrationRequest, s grpc.ServerStreamingServer[lmctlv1.Migration]) error {

@@ -12,8 +12,14 @@ import (
 	"github.com/lmctl/lmctl/internal/api/lmctlv1"
 )
 
-// List implements lmctlv1.HostsServer.
-func (h fakeHosts) List(context.Context, *lmctlv1.ListHostsRequest) (*lmctlv1.ListHostsResponse, error) {
+// List implements lmctlv1.HostsServer. The brief list has one that would not
+// answer if it were asked.
+func (h fakeHosts) List(_ context.Context, r *lmctlv1.ListHostsRequest) (*lmctlv1.ListHostsResponse, error) {
+	if r.Brief {
+		return &lmctlv1.ListHostsResponse{Hosts: []*lmctlv1.Host{
+			{Name: "host1", Self: true}, {Name: "host2", Address: "192.0.2.2:7410"}, {Name: "other", Address: "192.0.2.3:7410"},
+		}}, nil
+	}
 	return &lmctlv1.ListHostsResponse{Hosts: []*lmctlv1.Host{
 		{Name: "host1", Self: true, Reachable: true, MemoryBytes: 1 << 40},
 		{Name: "host2", Reachable: true, RoundTrip: durationpb.New(1500 * time.Microsecond)},

@@ -69,6 +69,7 @@ func newRootCommand(s streams) (*cobra.Command, *options) {
 		newAgentCommand(o), newGuestCommand(o), newHostCommand(o), newMigrateCommand(o),
 		newMigrationCommand(o), newPKICommand(o), newVersionCommand(o), newLabCommand(o), newBenchCommand(o),
 	)
+	o.addCompletions(root)
 	return root, o
 }
 

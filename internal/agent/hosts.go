@@ -31,9 +31,16 @@ type hostService struct {
 }
 
 // List implements lmctlv1.HostsServer.
-func (s *hostService) List(ctx context.Context, _ *lmctlv1.ListHostsRequest) (*lmctlv1.ListHostsResponse, error) {
+func (s *hostService) List(ctx context.Context, in *lmctlv1.ListHostsRequest) (*lmctlv1.ListHostsResponse, error) {
 	names := slices.Sorted(maps.Keys(s.a.cfg.Peers))
 	hosts := make([]*lmctlv1.Host, len(names)+1)
+	if in.GetBrief() {
+		hosts[0] = &lmctlv1.Host{Name: s.a.cfg.Name, Address: s.a.cfg.Advertise, Self: true}
+		for i, name := range names {
+			hosts[i+1] = &lmctlv1.Host{Name: name, Address: s.a.cfg.Peers[name]}
+		}
+		return &lmctlv1.ListHostsResponse{Hosts: hosts}, nil
+	}
 	hosts[0] = s.a.hostFacts(ctx)
 	var wg sync.WaitGroup
 	for i, name := range names {

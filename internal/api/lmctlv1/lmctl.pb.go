@@ -1597,6 +1597,7 @@ func (x *Pass) GetDirtyAfter() int64 {
 
 type ListHostsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
+	Brief         bool                   `protobuf:"varint,1,opt,name=brief,proto3" json:"brief,omitempty"` // names and addresses only: no host is asked, none counts as reachable
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1629,6 +1630,13 @@ func (x *ListHostsRequest) ProtoReflect() protoreflect.Message {
 // Deprecated: Use ListHostsRequest.ProtoReflect.Descriptor instead.
 func (*ListHostsRequest) Descriptor() ([]byte, []int) {
 	return file_lmctl_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *ListHostsRequest) GetBrief() bool {
+	if x != nil {
+		return x.Brief
+	}
+	return false
 }
 
 type ListHostsResponse struct {
@@ -2386,8 +2394,9 @@ const file_lmctl_proto_rawDesc = "" +
 	"\x05bytes\x18\x04 \x01(\x03R\x05bytes\x125\n" +
 	"\bduration\x18\x05 \x01(\v2\x19.google.protobuf.DurationR\bduration\x12\x1f\n" +
 	"\vdirty_after\x18\x06 \x01(\x03R\n" +
-	"dirtyAfter\"\x12\n" +
-	"\x10ListHostsRequest\"9\n" +
+	"dirtyAfter\"(\n" +
+	"\x10ListHostsRequest\x12\x14\n" +
+	"\x05brief\x18\x01 \x01(\bR\x05brief\"9\n" +
 	"\x11ListHostsResponse\x12$\n" +
 	"\x05hosts\x18\x01 \x03(\v2\x0e.lmctl.v1.HostR\x05hosts\"!\n" +
 	"\vHostRequest\x12\x12\n" +
