@@ -5,8 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"os"
-	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -55,38 +53,59 @@ func (e *notOnOneHost) where() string {
 func (l *Lab) Locate(ctx context.Context, name string) (string, error) {
 	var at, seen []string
 	for _, host := range l.Hosts() {
-		runs, err := l.AgentRuns(host)
-		if err != nil {
-			return "", err
-		}
-		if !runs {
+		states, err := l.states(ctx, host)
+		if errors.Is(err, errNotRunning) {
 			seen = append(seen, "no agent on "+host)
 			continue
 		}
-		err = l.WithAgent(host, func(c *api.Client) error {
-			list, err := c.Guests.List(ctx, &lmctlv1.ListGuestsRequest{})
-			if err != nil {
-				return err
-			}
-			for _, g := range list.Guests {
-				if g.Name != name {
-					continue
-				}
-				seen = append(seen, g.State+" on "+host)
-				if g.State == "running" || g.State == "migrating" {
-					at = append(at, host)
-				}
-			}
-			return nil
-		})
 		if err != nil {
 			return "", err
+		}
+		state, ok := states[name]
+		if !ok {
+			continue
+		}
+		seen = append(seen, state+" on "+host)
+		if state == "running" || state == "migrating" {
+			at = append(at, host)
 		}
 	}
 	if len(at) != 1 {
 		return "", &notOnOneHost{guest: name, at: at, seen: seen}
 	}
 	return at[0], nil
+}
+
+// states are the states of a host's guests: as its agent says or, if that does
+// not run, its libvirt. The error is errNotRunning if there is neither.
+func (l *Lab) states(ctx context.Context, host string) (map[string]string, error) {
+	runs, err := l.AgentRuns(host)
+	if err != nil {
+		return nil, err
+	}
+	if !runs {
+		if l.Hypervisor() == Libvirt {
+			if runs, err = l.DaemonRuns(host, Libvirtd); err != nil {
+				return nil, err
+			}
+		}
+		if !runs {
+			return nil, errNotRunning
+		}
+		return l.domainStates(ctx, host)
+	}
+	states := make(map[string]string)
+	err = l.WithAgent(host, func(c *api.Client) error {
+		list, err := c.Guests.List(ctx, &lmctlv1.ListGuestsRequest{})
+		if err != nil {
+			return err
+		}
+		for _, g := range list.Guests {
+			states[g.Name] = g.State
+		}
+		return nil
+	})
+	return states, err
 }
 
 // CheckGuest asks a guest, wherever it runs, to check all of its memory, and
@@ -116,9 +135,9 @@ func (l *Lab) CheckGuest(ctx context.Context, name string) (Verdict, error) {
 const patience = 20 * time.Second
 
 func (l *Lab) checkFlat(ctx context.Context, g Guest, v *Verdict) error {
-	f, err := os.Open(l.MemoryFile(v.Host, g))
+	f, err := l.OpenMemory(v.Host, g)
 	if err != nil {
-		return fmt.Errorf("lab: memory of guest %s: %w", g.Name, err)
+		return err
 	}
 	defer f.Close()
 	st, err := g.flatConfig().Check(f, false)
@@ -192,11 +211,6 @@ func (l *Lab) DialGuest(ctx context.Context, g Guest, network string, port int) 
 	return l.Dial(ctx, Client, network, net.JoinHostPort(g.Addresses()[0].Addr().String(), strconv.Itoa(port)))
 }
 
-// MemoryFile is where a guest's memory is while it is on a host.
-func (l *Lab) MemoryFile(host string, g Guest) string {
-	return filepath.Join(l.MemoryDir(host), g.UUID+".ram")
-}
-
 // TickOffset is where in a guest's memory file a 32-bit word is that goes up as
 // long as the guest goes on: for flat.Probe.
 func (l *Lab) TickOffset(ctx context.Context, g Guest) (int64, error) {
@@ -256,9 +270,9 @@ func (l *Lab) awaitReady(ctx context.Context, g Guest) error {
 
 func (l *Lab) ready(ctx context.Context, g Guest) error {
 	if g.Kind == Flat {
-		f, err := os.Open(l.MemoryFile(g.Host, g))
+		f, err := l.OpenMemory(g.Host, g)
 		if err != nil {
-			return fmt.Errorf("lab: %w", err)
+			return err
 		}
 		defer f.Close()
 		st, err := flat.ReadState(f)
@@ -281,6 +295,15 @@ func (l *Lab) ready(ctx context.Context, g Guest) error {
 
 // stopped says that a guest that was started does not run any more.
 func (l *Lab) stopped(ctx context.Context, g Guest) error {
+	if agent, err := l.AgentRuns(g.Host); err != nil {
+		return err
+	} else if !agent {
+		states, err := l.states(ctx, g.Host)
+		if state, ok := states[g.Name]; err != nil || ok && state != "stopped" {
+			return err
+		}
+		return fmt.Errorf("guest %s has ended: see %s", g.Name, l.Outside(g.Host, "/var/log/libvirt/qemu/"+g.Name+".log"))
+	}
 	return l.WithAgent(g.Host, func(c *api.Client) error {
 		shown, err := c.Guests.Show(ctx, &lmctlv1.GuestRequest{Name: g.Name})
 		if err != nil {

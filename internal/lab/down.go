@@ -254,7 +254,7 @@ func mountPoints(dir string) ([]string, error) {
 	if err != nil {
 		return nil, fmt.Errorf("lab: %w", err)
 	}
-	f, err := os.Open("/proc/self/mountinfo")
+	f, err := os.Open("/proc/thread-self/mountinfo")
 	if err != nil {
 		return nil, fmt.Errorf("lab: %w", err)
 	}

@@ -21,6 +21,7 @@ import (
 	"github.com/lmctl/lmctl/internal/api"
 	"github.com/lmctl/lmctl/internal/api/lmctlv1"
 	"github.com/lmctl/lmctl/internal/hypervisor/qemu"
+	"github.com/lmctl/lmctl/internal/lab/domain"
 )
 
 // Kind is what runs in a guest of the lab.
@@ -55,7 +56,8 @@ type GuestSpec struct {
 	FirmwareDir  string              `json:"firmware_dir,omitempty"`
 	Machine      string              `json:"machine,omitempty"`
 	Accelerator  string              `json:"accelerator,omitempty"`
-	BootPatience time.Duration       `json:"-"` // until the guest must be ready; 3 minutes if 0
+	Shape        domain.Shape        `json:"shape,omitzero"` // with libvirt
+	BootPatience time.Duration       `json:"-"`              // until the guest must be ready; 3 minutes if 0
 }
 
 // Guest is a guest of the lab, as the lab keeps it in its folder.
@@ -169,6 +171,9 @@ func (l *Lab) complete(s *GuestSpec) error {
 	if err := l.isHost(s.Host); err != nil {
 		return err
 	}
+	if err := l.completeDomain(s); err != nil {
+		return err
+	}
 	if s.WorkingSet == 0 {
 		s.WorkingSet = min(64<<20, s.Memory/2)
 	}
@@ -203,22 +208,41 @@ func (l *Lab) complete(s *GuestSpec) error {
 // diskSize is the length of the disk that is made for a Linux guest.
 const diskSize = 16 << 20
 
-// define makes a guest's disk and its definition.
-func (l *Lab) define(g *Guest, boot linux.Boot) ([]byte, error) {
-	d := qemu.Definition{
-		Name: g.Name, UUID: g.UUID, Memory: qemu.Size(g.Memory), VCPUs: g.VCPUs, Machine: g.Machine,
-		Accelerator: qemu.Accelerator(g.Accelerator), QEMU: g.QEMU, FirmwareDir: g.FirmwareDir,
-	}
-	disk := qemu.Disk{Path: g.Disk, Format: "raw", Cache: "none"}
-	if disk.Path == "" {
-		disk.Path = l.diskOf(g.Name)
-	}
+// makeDisk makes a guest's disk: what a flat guest boots from, or an empty one.
+func (l *Lab) makeDisk(ctx context.Context, g Guest) error {
 	var content []byte
 	if g.Kind == Flat {
 		var err error
 		if content, err = g.flatConfig().Image(); err != nil {
-			return nil, err
+			return err
 		}
+	}
+	path := l.diskOf(g)
+	if err := writeWhole(path, content); err != nil {
+		return err
+	}
+	if err := os.Truncate(path, max(diskSize, int64(len(content)))); err != nil {
+		return fmt.Errorf("lab: %w", err)
+	}
+	if g.Shape.Format == "qcow2" {
+		if err := toQcow2(ctx, path); err != nil {
+			return err
+		}
+	}
+	return l.forQEMU(path)
+}
+
+// define makes a guest's disk and its definition.
+func (l *Lab) define(ctx context.Context, g *Guest, boot linux.Boot) ([]byte, error) {
+	if l.Hypervisor() == Libvirt {
+		return l.defineDomain(ctx, g, boot)
+	}
+	d := qemu.Definition{
+		Name: g.Name, UUID: g.UUID, Memory: qemu.Size(g.Memory), VCPUs: g.VCPUs, Machine: g.Machine,
+		Accelerator: qemu.Accelerator(g.Accelerator), QEMU: g.QEMU, FirmwareDir: g.FirmwareDir,
+	}
+	disk := qemu.Disk{Path: l.diskOf(*g), Format: "raw", Cache: "none"}
+	if g.Kind == Flat {
 		disk.Bus = "ide"
 		// It is what flat guests are for; where there is no KVM they run all
 		// the same.
@@ -235,18 +259,37 @@ func (l *Lab) define(g *Guest, boot linux.Boot) ([]byte, error) {
 		d.NICs = []qemu.NIC{nic}
 	}
 	if g.Disk == "" {
-		if err := writeWhole(disk.Path, content); err != nil {
+		if err := l.makeDisk(ctx, *g); err != nil {
 			return nil, err
-		}
-		if err := os.Truncate(disk.Path, max(diskSize, int64(len(content)))); err != nil {
-			return nil, fmt.Errorf("lab: %w", err)
 		}
 	}
 	d.Disks = []qemu.Disk{disk}
 	return d.YAML()
 }
 
-func (l *Lab) diskOf(name string) string { return filepath.Join(l.Storage(), name+".raw") }
+// diskOf is a guest's disk: the one that it was given, or its own.
+func (l *Lab) diskOf(g Guest) string {
+	if g.Disk != "" {
+		return g.Disk
+	}
+	return l.ownDisk(g)
+}
+
+func (l *Lab) ownDisk(g Guest) string {
+	format := g.Shape.Format
+	if format == "" {
+		format = "raw"
+	}
+	return filepath.Join(l.Storage(), g.Name+"."+format)
+}
+
+// definitionFile is where the lab keeps a guest's definition.
+func (l *Lab) definitionFile(name string) string {
+	if l.Hypervisor() == Libvirt {
+		return filepath.Join(l.dir, "guests", name+".xml")
+	}
+	return filepath.Join(l.dir, "guests", name+".yaml")
+}
 
 // StartGuest makes a guest, starts it on its host and waits until it is at
 // work. On error nothing of it is left.
@@ -268,26 +311,39 @@ func (l *Lab) StartGuest(ctx context.Context, spec GuestSpec, say func(string)) 
 			err = errors.Join(err, l.RemoveGuest(context.WithoutCancel(ctx), g.Name))
 		}
 	}()
-	definition, err := l.define(&g, boot)
+	definition, err := l.define(ctx, &g, boot)
 	if err != nil {
 		return g, err
 	}
-	if err := writeWhole(filepath.Join(l.dir, "guests", g.Name+".yaml"), definition); err != nil {
+	if err := writeWhole(l.definitionFile(g.Name), definition); err != nil {
 		return g, err
 	}
-	err = l.WithAgent(g.Host, func(c *api.Client) error {
+	if err := l.launchGuest(ctx, g, definition); err != nil {
+		return g, err
+	}
+	ready, cancel := context.WithTimeout(ctx, spec.BootPatience)
+	defer cancel()
+	return g, l.awaitReady(ready, g)
+}
+
+// launchGuest defines and starts a guest. With libvirt it needs no agent.
+func (l *Lab) launchGuest(ctx context.Context, g Guest, definition []byte) error {
+	if l.Hypervisor() == Libvirt {
+		agent, err := l.AgentRuns(g.Host)
+		if err != nil {
+			return err
+		}
+		if !agent || g.Shape.Transient {
+			return l.startDomain(ctx, g, string(definition))
+		}
+	}
+	return l.WithAgent(g.Host, func(c *api.Client) error {
 		if _, err := c.Guests.Define(ctx, &lmctlv1.DefineRequest{Definition: definition}); err != nil {
 			return err
 		}
 		_, err := c.Guests.Start(ctx, &lmctlv1.GuestRequest{Name: g.Name})
 		return err
 	})
-	if err != nil {
-		return g, err
-	}
-	ready, cancel := context.WithTimeout(ctx, spec.BootPatience)
-	defer cancel()
-	return g, l.awaitReady(ready, g)
 }
 
 // prepareLinux finds or makes what Linux guests boot from. Those who run
@@ -317,7 +373,8 @@ func prepareLinux(ctx context.Context, say func(string)) (linux.Boot, error) {
 // RemoveGuest ends a guest wherever it is and removes all of it. Agents that do
 // not run are not asked.
 func (l *Lab) RemoveGuest(ctx context.Context, name string) error {
-	if _, err := l.Guest(name); err != nil {
+	g, err := l.Guest(name)
+	if err != nil {
 		return err
 	}
 	var errs []error
@@ -329,7 +386,7 @@ func (l *Lab) RemoveGuest(ctx context.Context, name string) error {
 	if len(errs) > 0 {
 		return errors.Join(errs...)
 	}
-	for _, path := range []string{l.diskOf(name), filepath.Join(l.dir, "guests", name+".yaml"), l.guestFile(name)} {
+	for _, path := range []string{l.ownDisk(g), l.definitionFile(name), l.guestFile(name)} {
 		if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 			return fmt.Errorf("lab: %w", err)
 		}
@@ -338,8 +395,14 @@ func (l *Lab) RemoveGuest(ctx context.Context, name string) error {
 }
 
 func (l *Lab) removeFrom(ctx context.Context, host, name string) error {
-	if runs, err := l.AgentRuns(host); err != nil || !runs {
+	runs, err := l.AgentRuns(host)
+	switch {
+	case err != nil:
 		return err
+	case !runs && l.Hypervisor() == Libvirt:
+		return l.removeDomain(ctx, host, name)
+	case !runs:
+		return nil
 	}
 	return l.WithAgent(host, func(c *api.Client) error {
 		list, err := c.Guests.List(ctx, &lmctlv1.ListGuestsRequest{})

@@ -142,7 +142,7 @@ func TestFlatGuest(t *testing.T) {
 	if err := l.RemoveGuest(t.Context(), g.Name); err != nil {
 		t.Fatal(err)
 	}
-	for _, path := range []string{l.MemoryFile("host2", g), l.diskOf(g.Name), l.guestFile(g.Name)} {
+	for _, path := range []string{l.MemoryFile("host2", g), l.diskOf(g), l.guestFile(g.Name)} {
 		if _, err := os.Stat(path); !os.IsNotExist(err) {
 			t.Errorf("left behind: %s: %v", path, err)
 		}

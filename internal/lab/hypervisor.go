@@ -59,8 +59,19 @@ func (s *state) hypervisor() Hypervisor {
 	return s.Hypervisor
 }
 
-// settleHypervisor checks what is asked for, and completes it.
-func (s *state) settleHypervisor() error {
+// seenByHosts is about a lab's folder that its own hosts would not see, since
+// they have something else in its place.
+func seenByHosts(dir string) error {
+	for _, hidden := range []string{"/run", "/var/run", "/sys", "/dev/shm", "/etc/libvirt", "/var/lib/libvirt", "/var/log/libvirt", "/var/cache/libvirt"} {
+		if dir == hidden || strings.HasPrefix(dir, hidden+"/") {
+			return fmt.Errorf("lab: %s: a host with libvirt has a %s of its own: choose another folder", dir, hidden)
+		}
+	}
+	return nil
+}
+
+// settleHypervisor checks what is asked for a lab in a folder, and completes it.
+func (s *state) settleHypervisor(dir string) error {
 	switch s.hypervisor() {
 	case QEMU:
 		s.Libvirt = nil
@@ -68,6 +79,9 @@ func (s *state) settleHypervisor() error {
 	case Libvirt:
 	default:
 		return fmt.Errorf("lab: no such hypervisor: %q: there are %s and %s", s.Hypervisor, QEMU, Libvirt)
+	}
+	if err := seenByHosts(dir); err != nil {
+		return err
 	}
 	o := s.Libvirt
 	if o.User == "" {

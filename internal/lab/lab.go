@@ -118,7 +118,7 @@ func newLab(o Options) (*Lab, error) {
 	if l.state.MemoryLimit < 0 {
 		return nil, fmt.Errorf("lab: memory limit of %d bytes", o.MemoryLimit)
 	}
-	if err := l.state.settleHypervisor(); err != nil {
+	if err := l.state.settleHypervisor(l.dir); err != nil {
 		return nil, err
 	}
 	id := make([]byte, 4)

@@ -454,3 +454,18 @@ func TestFileOffset(t *testing.T) {
 		}
 	}
 }
+
+// The main thread never ends, so it must never be where a namespace was
+// entered: /proc/PID/ns would say that the process is there.
+func TestNotOnMainThread(t *testing.T) {
+	for range 200 {
+		if err := onOwnThread(func() error {
+			if unix.Gettid() == os.Getpid() {
+				return errors.New("on the main thread")
+			}
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+}

@@ -66,7 +66,7 @@ func (l *Lab) makeLibvirtFolders(host string) error {
 		{l.runRoot(host), 0o755}, {filepath.Join(l.runRoot(host), "netns"), 0o755},
 		{filepath.Join(l.runRoot(host), "lock"), 0o755}, {l.RunDir(host), 0o711},
 		{own, 0o755}, {filepath.Join(own, "etc"), 0o700}, {filepath.Join(own, "lib"), 0o755},
-		{filepath.Join(own, "lib", "images"), 0o711}, {filepath.Join(own, "log"), 0o755}, {filepath.Join(own, "cache"), 0o755},
+		{filepath.Join(own, "lib", "images"), 0o711}, {filepath.Join(own, "log"), 0o755}, {filepath.Join(own, "log", "qemu"), 0o755}, {filepath.Join(own, "cache"), 0o755},
 	}
 	for _, f := range folders {
 		// Whatever the umask: others than root are to get through.
@@ -74,12 +74,28 @@ func (l *Lab) makeLibvirtFolders(host string) error {
 			return fmt.Errorf("lab: %w", err)
 		}
 	}
-	for name, lines := range map[string][]string{"libvirtd.conf": l.libvirtdConf(host), "qemu.conf": l.qemuConf(host)} {
-		if err := writeWhole(filepath.Join(own, "etc", name), []byte(strings.Join(lines, "\n")+"\n")); err != nil {
+	for name, lines := range map[string][]string{
+		"etc/libvirtd.conf": l.libvirtdConf(host), "etc/qemu.conf": l.qemuConf(host), "hosts": l.hostsLines(),
+	} {
+		if err := writeWhole(filepath.Join(own, name), []byte(strings.Join(lines, "\n")+"\n")); err != nil {
 			return err
 		}
 	}
+	if err := os.Chmod(filepath.Join(own, "hosts"), 0o644); err != nil {
+		return fmt.Errorf("lab: %w", err)
+	}
 	return nil
+}
+
+// hostsLines are what /etc/hosts says on hosts with libvirt.
+func (l *Lab) hostsLines() []string {
+	lines := []string{"127.0.0.1 localhost", "::1 localhost"}
+	for _, host := range l.Hosts() {
+		for _, a := range addresses(hostNumber(host)) {
+			lines = append(lines, a.Addr().String()+" "+host)
+		}
+	}
+	return lines
 }
 
 func (l *Lab) libvirtdConf(host string) []string {

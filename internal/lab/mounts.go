@@ -78,7 +78,12 @@ func (l *Lab) makeKVMNode() error {
 	return nil
 }
 
-const kvmDevice = "/dev/kvm"
+const (
+	kvmDevice = "/dev/kvm"
+	// hostsFile names the lab's hosts: libvirt looks its own host's name up, and
+	// no name server is to be asked.
+	hostsFile = "/etc/hosts"
+)
 
 func (l *Lab) kvmNode() string { return filepath.Join(pinDir(l.dir), "kvm") }
 
@@ -97,6 +102,9 @@ func (l *Lab) binds(host string) []bind {
 		{Images, l.Storage()},
 		{"/var/log/libvirt", filepath.Join(own, "log")},
 		{"/var/cache/libvirt", filepath.Join(own, "cache")},
+	}
+	if _, err := os.Lstat(hostsFile); err == nil {
+		binds = append(binds, bind{hostsFile, filepath.Join(own, "hosts")})
 	}
 	if _, err := os.Lstat(l.kvmNode()); err == nil {
 		binds = append(binds, bind{kvmDevice, l.kvmNode()})

@@ -42,8 +42,15 @@ func inNamespace(name string, f func() error) error {
 func onOwnThread(f func() error) error {
 	done := make(chan error, 1)
 	go func() {
-		runtime.LockOSThread() // and never unlocked
-		done <- f()
+		runtime.LockOSThread()
+		if unix.Gettid() != os.Getpid() {
+			done <- f() // never unlocked: the thread ends with this
+			return
+		}
+		// The main thread cannot end, and /proc/self shows its namespaces as
+		// the process's. As long as it is held here, nobody else gets it.
+		defer runtime.UnlockOSThread()
+		done <- onOwnThread(f)
 	}()
 	return <-done
 }
@@ -75,7 +82,7 @@ func namespaceInodes(id string) (map[uint64]bool, error) {
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("lab: %w", err)
 	}
-	own, err := inode("/proc/self/ns/net")
+	own, err := inode("/proc/thread-self/ns/net")
 	if err != nil {
 		return nil, err
 	}

@@ -7,11 +7,13 @@ import (
 
 // Status is what there is of a lab.
 type Status struct {
-	Dir     string        `json:"dir"`
-	ID      string        `json:"id"`
-	Storage string        `json:"storage"`
-	Hosts   []HostStatus  `json:"hosts"`
-	Guests  []GuestStatus `json:"guests"`
+	Dir     string `json:"dir"`
+	ID      string `json:"id"`
+	Storage string `json:"storage"`
+	// Hypervisor is what runs the guests.
+	Hypervisor Hypervisor    `json:"hypervisor"`
+	Hosts      []HostStatus  `json:"hosts"`
+	Guests     []GuestStatus `json:"guests"`
 }
 
 // HostStatus is a host of a lab.
@@ -22,6 +24,15 @@ type HostStatus struct {
 	Agent     bool   `json:"agent"` // it runs
 	Socket    string `json:"socket"`
 	Log       string `json:"log"`
+	// Daemons are all that run on the host, the agent among them.
+	Daemons []DaemonStatus `json:"daemons"`
+}
+
+// DaemonStatus is a daemon of a host.
+type DaemonStatus struct {
+	Name Daemon `json:"name"`
+	Runs bool   `json:"runs"`
+	Log  string `json:"log"`
 }
 
 // GuestStatus is a guest of a lab.
@@ -35,16 +46,21 @@ type GuestStatus struct {
 
 // Status looks at a lab.
 func (l *Lab) Status(ctx context.Context) (Status, error) {
-	s := Status{Dir: l.dir, ID: l.state.ID, Storage: l.Storage(), Guests: []GuestStatus{}}
+	s := Status{Dir: l.dir, ID: l.state.ID, Storage: l.Storage(), Hypervisor: l.Hypervisor(), Guests: []GuestStatus{}}
 	for _, host := range l.Hosts() {
-		runs, err := l.AgentRuns(host)
-		if err != nil {
-			return s, err
-		}
-		s.Hosts = append(s.Hosts, HostStatus{
+		h := HostStatus{
 			Name: host, Address: addresses(hostNumber(host))[0].Addr().String(),
-			Namespace: l.namespace(host), Agent: runs, Socket: l.AgentSocket(host), Log: l.AgentLog(host),
-		})
+			Namespace: l.namespace(host), Socket: l.AgentSocket(host), Log: l.AgentLog(host),
+		}
+		for _, d := range l.Daemons() {
+			runs, err := l.DaemonRuns(host, d)
+			if err != nil {
+				return s, err
+			}
+			h.Daemons = append(h.Daemons, DaemonStatus{Name: d, Runs: runs, Log: l.DaemonLog(host, d)})
+			h.Agent = h.Agent || d == Agent && runs
+		}
+		s.Hosts = append(s.Hosts, h)
 	}
 	guests, err := l.Guests()
 	if err != nil {
