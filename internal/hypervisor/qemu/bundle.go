@@ -10,6 +10,8 @@ import (
 	"net"
 	"regexp"
 	"slices"
+
+	"github.com/lmctl/lmctl/internal/hypervisor/storage"
 )
 
 // bundleVersion is that of the format below.
@@ -29,7 +31,7 @@ type bundle struct {
 	QEMU        string               `json:"qemu"` // version
 	Guest       cpuFacts             `json:"guest_cpu"`
 	PageSize    int                  `json:"page_size"`
-	Files       []fileFacts          `json:"files"`
+	Files       []storage.Facts      `json:"files"`
 	Cards       map[string]cardFacts `json:"cards"` // by MAC, learnt addresses too
 }
 

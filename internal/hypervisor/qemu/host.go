@@ -2,7 +2,6 @@ package qemu
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"os"
 	"time"
@@ -10,6 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/lmctl/lmctl/internal/hypervisor"
+	"github.com/lmctl/lmctl/internal/hypervisor/storage"
 	"github.com/lmctl/lmctl/migrate"
 )
 
@@ -161,7 +161,7 @@ func roundMiB(n int64) Size { return Size(max(n, 0) &^ (1<<20 - 1)) }
 func examineFiles(b *bundle, def *Definition) []string {
 	here, err := gatherFiles(def)
 	if err != nil {
-		return fileReasons(err)
+		return storage.Reasons(err)
 	}
 	if len(here) != len(b.Files) {
 		return []string{fmt.Sprintf("the source describes %d files, its definition names %d", len(b.Files), len(here))}
@@ -171,23 +171,7 @@ func examineFiles(b *bundle, def *Definition) []string {
 		if here[i].Path != b.Files[i].Path {
 			return []string{fmt.Sprintf("the source describes the file %q in the place of %q", b.Files[i].Path, here[i].Path)}
 		}
-		reasons = append(reasons, here[i].compare(b.Files[i])...)
-	}
-	return reasons
-}
-
-// fileReasons takes joined errors apart.
-func fileReasons(err error) []string {
-	list := []error{err}
-	if joined, ok := err.(interface{ Unwrap() []error }); ok {
-		list = joined.Unwrap()
-	}
-	reasons := make([]string, len(list))
-	for i, err := range list {
-		reasons[i] = err.Error()
-		if errors.Is(err, os.ErrNotExist) {
-			reasons[i] += " on this host; make it reachable under this path"
-		}
+		reasons = append(reasons, here[i].Compare(b.Files[i])...)
 	}
 	return reasons
 }
