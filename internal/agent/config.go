@@ -7,6 +7,7 @@ import (
 	"io"
 	"io/fs"
 	"net"
+	"net/url"
 	"os"
 	"path/filepath"
 	"slices"
@@ -39,6 +40,7 @@ type Config struct {
 	TLS           TLSConfig         `yaml:"tls"`
 	Peers         map[string]string `yaml:"peers"`
 	Hypervisor    string            `yaml:"hypervisor"`
+	Libvirt       LibvirtConfig     `yaml:"libvirt"`
 	Metrics       string            `yaml:"metrics"`
 	Log           LogConfig         `yaml:"log"`
 	PeerTimeout   time.Duration     `yaml:"peer_timeout"`
@@ -58,6 +60,11 @@ type TLSConfig struct {
 type LogConfig struct {
 	Level  string `yaml:"level"`
 	Format string `yaml:"format"`
+}
+
+// LibvirtConfig says how to reach the host's libvirtd.
+type LibvirtConfig struct {
+	URI string `yaml:"uri"`
 }
 
 // MigrationConfig is what a migration does unless its request says otherwise.
@@ -124,7 +131,7 @@ func DefaultConfig() (Config, error) {
 		Name: name, Listen: "0.0.0.0:7410", Socket: DefaultSocket,
 		StateDir: "/var/lib/lmctl", RunDir: "/run/lmctl", MemoryDir: "/dev/shm/lmctl", MemoryReserve: 64 << 20,
 		TLS:   TLSConfig{CA: "/etc/lmctl/tls/ca.pem", Cert: "/etc/lmctl/tls/cert.pem", Key: "/etc/lmctl/tls/key.pem"},
-		Peers: map[string]string{}, Hypervisor: "qemu", Metrics: "127.0.0.1:9410",
+		Peers: map[string]string{}, Hypervisor: "qemu", Libvirt: LibvirtConfig{URI: "qemu:///system"}, Metrics: "127.0.0.1:9410",
 		Log:         LogConfig{Level: "info", Format: "text"},
 		PeerTimeout: 5 * time.Second, StopTimeout: time.Minute,
 		Migration: MigrationConfig{MaxPasses: 8, DowntimeTarget: 30 * time.Millisecond, Streams: 2, History: 200},
@@ -196,8 +203,11 @@ func (c Config) Check() error {
 			bad("peers."+name, "%q is not ADDRESS:PORT", addr)
 		}
 	}
-	if c.Hypervisor != "qemu" {
-		bad("hypervisor", "%q is not known: must be qemu", c.Hypervisor)
+	if c.Hypervisor != "qemu" && c.Hypervisor != "libvirt" {
+		bad("hypervisor", "%q is not known: must be qemu or libvirt", c.Hypervisor)
+	}
+	if uri, err := url.Parse(c.Libvirt.URI); err != nil || !strings.HasPrefix(uri.Scheme, "qemu") {
+		bad("libvirt.uri", "%q is no URI of a libvirtd with QEMU, like qemu:///system", c.Libvirt.URI)
 	}
 	if path, unix := strings.CutPrefix(c.Metrics, "unix:"); unix && !filepath.IsAbs(path) || !unix && c.Metrics != "" && !isAddress(c.Metrics) {
 		bad("metrics", "%q is neither ADDRESS:PORT nor unix:/PATH", c.Metrics)
@@ -256,7 +266,8 @@ var comments = map[string]string{
 	"$.memory_reserve":            "stays available when a guest comes here",
 	"$.tls":                       "made with `lmctl pki issue`",
 	"$.peers":                     "other hosts, NAME: ADDRESS:PORT",
-	"$.hypervisor":                "qemu",
+	"$.hypervisor":                "qemu: lmctl's own guests; libvirt: the domains of this host's libvirtd",
+	"$.libvirt":                   "of hypervisor libvirt: how to reach it",
 	"$.metrics":                   "Prometheus, ADDRESS:PORT or unix:/PATH; empty for none",
 	"$.log":                       "level: debug, info, warn, error; format: text, json",
 	"$.peer_timeout":              "how long another host may be silent",

@@ -6,6 +6,7 @@ import (
 
 	"github.com/lmctl/lmctl/dirtymap"
 	"github.com/lmctl/lmctl/internal/hypervisor"
+	"github.com/lmctl/lmctl/internal/hypervisor/libvirt"
 	"github.com/lmctl/lmctl/internal/hypervisor/qemu"
 	"github.com/lmctl/lmctl/internal/ledger"
 )
@@ -31,6 +32,9 @@ func (d qemuDriver) ShellOf(name string) (hypervisor.Shell, bool, error) {
 
 // newDriver makes the driver that the configuration asks for.
 func (a *Agent) newDriver() (hypervisor.Driver, error) {
+	if a.foreign() {
+		return libvirt.New(libvirt.Config{URI: a.cfg.Libvirt.URI, RunDir: a.cfg.RunDir, MemoryReserve: int64(a.cfg.MemoryReserve), Log: a.log})
+	}
 	d, err := qemu.New(qemu.Config{
 		StateDir: a.cfg.StateDir, RunDir: a.cfg.RunDir, MemoryDir: a.cfg.MemoryDir,
 		MemoryReserve: int64(a.cfg.MemoryReserve), Log: a.log,

@@ -98,6 +98,7 @@ func (m *moves) start(guest, destination string, opts migrate.Options) (*move, e
 	if _, err := m.a.driver.Get(guest); err != nil {
 		return nil, err
 	}
+	m.a.know(m.a.life, guest)
 	if err := m.a.ledger.Owns(guest); err != nil {
 		return nil, refusedError(guest, "%v", err)
 	}
@@ -179,6 +180,7 @@ func (m *moves) run(ctx context.Context, mv *move, held hypervisor.Source, opts 
 	m.a.metrics.migrated(&mv.counted, report)
 	m.mu.Unlock()
 	m.finish(mv, report)
+	m.a.know(m.a.life, mv.guest)
 	m.a.settler.kick(mv.guest)
 }
 

@@ -60,6 +60,7 @@ func (s *settler) guest(name string) *openGuest {
 
 // begin settles what can be settled without asking, when the agent starts.
 func (s *settler) begin(ctx context.Context) {
+	s.a.knowAll(ctx)
 	names := make(map[string]bool)
 	for _, r := range s.a.ledger.List() {
 		names[r.Guest] = true
@@ -117,6 +118,7 @@ func (s *settler) connect() {
 func (s *settler) follow(ctx context.Context) {
 	unreachable := make(map[string]bool)
 	for info := range s.a.driver.Watch(ctx) {
+		s.a.know(ctx, info.Name)
 		was := unreachable[info.Name]
 		unreachable[info.Name] = info.State == hypervisor.StateUnreachable
 		switch {

@@ -18,6 +18,7 @@ const (
 	EndExited      EndCause = "exited"       // QEMU exited by itself
 	EndVanished    EndCause = "vanished"     // it ended while no agent watched, nobody can say how
 	EndMigrated    EndCause = "migrated"     // it runs on another host
+	EndSaved       EndCause = "saved"        // its state was saved to a file, from which it can go on
 	EndFailed      EndCause = "start-failed" // QEMU did not start
 )
 

@@ -1,0 +1,70 @@
+package agent
+
+import (
+	"context"
+	"errors"
+
+	"github.com/lmctl/lmctl/internal/hypervisor"
+	"github.com/lmctl/lmctl/internal/ledger"
+)
+
+// foreign says that the guests belong to a hypervisor that has other users than
+// this agent: they come and go by other hands, and are this host's as long as
+// they are on it.
+func (a *Agent) foreign() bool { return a.cfg.Hypervisor == "libvirt" }
+
+// know brings the record of a foreign guest up to what is there, unless a
+// migration has the say about it.
+func (a *Agent) know(ctx context.Context, name string) {
+	if !a.foreign() || ledger.CheckGuest(name) != nil || a.moves.busy(name) || a.inbound.busy(name) {
+		return
+	}
+	record := a.ledger.Get(name)
+	info, err := a.driver.Get(name)
+	switch {
+	case errors.Is(err, hypervisor.ErrNotFound):
+		if record.State == ledger.Owned && a.connected() {
+			err = a.leave(ctx, name)
+		} else {
+			err = nil
+		}
+	case err != nil:
+	case record.State != ledger.None && record.State != ledger.Gone && (record.State != ledger.Owned || record.UUID == info.UUID):
+	case info.State == hypervisor.StateStopped || info.State == hypervisor.StateRunning || info.State == hypervisor.StatePaused:
+		if record.State == ledger.Owned { // another guest of this name
+			err = a.leave(ctx, name)
+		}
+		if err == nil {
+			err = a.ledger.Define(ctx, name, info.UUID)
+		}
+	}
+	if err != nil {
+		a.log.Warn("a guest's record does not follow what another hand did", "guest", name, "error", err)
+	}
+}
+
+// leave notes that a foreign guest is no longer on this host.
+func (a *Agent) leave(ctx context.Context, name string) error {
+	a.metrics.left(name)
+	return errors.Join(a.kept.forget(name), a.ledger.Undefine(ctx, name))
+}
+
+// connected says whether the driver's list is what is there. One that it cannot
+// ask about is unreachable, and of those that it never saw nothing is known.
+func (a *Agent) connected() bool {
+	c, ok := a.driver.(interface{ Connected() bool })
+	return !ok || c.Connected()
+}
+
+// knowAll is know for every guest that is here or was.
+func (a *Agent) knowAll(ctx context.Context) {
+	for _, info := range a.driver.List() {
+		a.know(ctx, info.Name)
+	}
+	for _, r := range a.ledger.List() {
+		// One that was lost with its shell is yet to be defined again.
+		if _, kept := a.kept.get(r.Guest); !kept {
+			a.know(ctx, r.Guest)
+		}
+	}
+}

@@ -1,0 +1,154 @@
+package libvirt
+
+import (
+	"errors"
+	"path/filepath"
+	"sync"
+	"time"
+
+	lv "github.com/digitalocean/go-libvirt"
+	"github.com/google/uuid"
+
+	"github.com/lmctl/lmctl/internal/hypervisor"
+	"github.com/lmctl/lmctl/internal/hypervisor/nics"
+)
+
+// domain is a libvirt domain as the driver knows it.
+type domain struct {
+	d     *Driver
+	name  string
+	uuid  string
+	files files
+
+	// telling keeps the watchers' snapshots in the order of the changes.
+	telling sync.Mutex
+	// looking keeps looks at libvirt from overtaking one another.
+	looking sync.Mutex
+
+	mu       sync.Mutex
+	facts    facts
+	state    hypervisor.State
+	runstate string
+	proc     *process // nil without one
+	started  time.Time
+	end      *hypervisor.End
+	intent   hypervisor.EndCause // what we are about to do to it
+	busy     string
+	gone     bool
+	lost     bool // libvirtd cannot be asked
+	// suspended and incoming are what our own migrations make of it; they are on
+	// disk too.
+	suspended bool
+	incoming  bool
+	shell     *Shell // our own, while it is one
+	learners  *nics.Learners
+	brought   map[string]cardFacts // what the host it came from knew of its cards
+}
+
+// files are a domain's on this host.
+type files struct{ dir string }
+
+func (f files) suspension() string { return filepath.Join(f.dir, "suspension.json") }
+func (f files) shell() string      { return filepath.Join(f.dir, "shell.json") }
+func (f files) resumed() string    { return filepath.Join(f.dir, "resumed") }
+func (f files) stream() string     { return filepath.Join(f.dir, "stream") }
+
+func (d *Driver) filesOf(id string) files {
+	return files{filepath.Join(d.cfg.RunDir, "libvirt", id)}
+}
+
+func (d *Driver) newDomain(name, id string) *domain {
+	return &domain{d: d, name: name, uuid: id, files: d.filesOf(id), state: hypervisor.StateStopped}
+}
+
+// ref is how libvirt's calls name the domain.
+func (g *domain) ref() lv.Domain {
+	return lv.Domain{Name: g.name, UUID: lv.UUID(uuid.MustParse(g.uuid)), ID: -1}
+}
+
+// begin takes the domain for one operation. The caller calls done.
+func (g *domain) begin(operation string, allowed ...hypervisor.State) (done func(), err error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.busy != "" {
+		return nil, &hypervisor.BusyError{Guest: g.name, Operation: g.busy}
+	}
+	state := g.stateNow()
+	ok := len(allowed) == 0
+	for _, s := range allowed {
+		ok = ok || state == s
+	}
+	if !ok {
+		return nil, &hypervisor.StateError{Guest: g.name, Operation: operation, State: state}
+	}
+	g.busy = operation
+	var once sync.Once
+	return func() {
+		once.Do(func() {
+			g.mu.Lock()
+			g.busy = ""
+			g.mu.Unlock()
+		})
+	}, nil
+}
+
+// stateNow is the state with all that overlays libvirt's. The mu is held.
+func (g *domain) stateNow() hypervisor.State {
+	switch {
+	case g.gone:
+		return hypervisor.StateRemoved
+	case g.lost && g.state != hypervisor.StateStopped:
+		return hypervisor.StateUnreachable
+	case g.incoming:
+		return hypervisor.StateIncoming
+	case g.suspended && g.state != hypervisor.StateStopped:
+		return hypervisor.StateMigrating
+	}
+	return g.state
+}
+
+func (g *domain) info() hypervisor.Info {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	i := hypervisor.Info{
+		Name: g.name, UUID: g.uuid, State: g.stateNow(), Busy: g.busy, Runstate: g.runstate,
+		Memory: g.facts.memory, VCPUs: g.facts.vcpus, Bridges: g.facts.bridges,
+		Machine: g.facts.machine, Accelerator: g.facts.accelerator, CPU: g.facts.cpu,
+		Started: g.started, Suspended: g.suspended, LogPath: filepath.Join("/var/log/libvirt/qemu", g.name+".log"),
+		ConsolePath: g.facts.console,
+	}
+	if g.proc != nil {
+		i.PID = g.proc.pid
+	}
+	if g.end != nil {
+		end := *g.end
+		i.End = &end
+	}
+	return i
+}
+
+// tell alters the domain under its lock and tells the watchers.
+func (g *domain) tell(alter func()) {
+	g.telling.Lock()
+	defer g.telling.Unlock()
+	g.mu.Lock()
+	alter()
+	g.mu.Unlock()
+	g.d.watchers.Tell(g.info())
+}
+
+// intend notes what we are about to do to the domain.
+func (g *domain) intend(cause hypervisor.EndCause) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.intent = cause
+}
+
+// letGo gives up what the driver holds of a running domain.
+func (g *domain) letGo() error {
+	g.mu.Lock()
+	proc, learners := g.proc, g.learners
+	g.proc, g.learners = nil, nil
+	g.mu.Unlock()
+	return errors.Join(learners.Close(), proc.close())
+}

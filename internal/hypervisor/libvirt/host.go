@@ -1,0 +1,151 @@
+package libvirt
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	lv "github.com/digitalocean/go-libvirt"
+	"libvirt.org/go/libvirtxml"
+
+	"github.com/lmctl/lmctl/internal/hypervisor"
+	"github.com/lmctl/lmctl/migrate"
+)
+
+// Prepare checks that this host can take the offered domain and has libvirt make
+// its shell: a QEMU that waits for the guest's state, with all of its memory
+// holes. What this host lacks is a *migrate.Refusal with every reason. On an
+// error nothing is left.
+func (d *Driver) Prepare(ctx context.Context, offer migrate.Offer) (migrate.Shell, error) {
+	s, err := d.prepare(ctx, offer)
+	if err != nil {
+		return nil, err
+	}
+	return s, nil
+}
+
+func refusal(format string, args ...any) *migrate.Refusal {
+	return &migrate.Refusal{Reasons: []string{fmt.Sprintf(format, args...)}}
+}
+
+func (d *Driver) prepare(ctx context.Context, in migrate.Offer) (*Shell, error) {
+	o, x, err := parseOffer(in.Definition)
+	if err != nil {
+		return nil, refusal("the guest's description cannot be read: %v", err)
+	}
+	if x.Name != in.Guest || x.UUID != in.UUID {
+		return nil, refusal("the description is of guest %s (%s), the offer of %q (%q)", x.Name, x.UUID, in.Guest, in.UUID)
+	}
+	l, err := d.conn.get()
+	if err != nil {
+		return nil, fmt.Errorf("prepare guest %s: %w", x.Name, err)
+	}
+	reasons, err := d.examine(ctx, l, o, x)
+	if err != nil {
+		return nil, fmt.Errorf("prepare guest %s: %w", x.Name, err)
+	}
+	if len(reasons) > 0 {
+		return nil, &migrate.Refusal{Reasons: reasons}
+	}
+	s, err := d.buildShell(ctx, l, o, x, in.Blocks)
+	if err != nil {
+		return nil, fmt.Errorf("prepare guest %s: %w", x.Name, err)
+	}
+	return s, nil
+}
+
+// expect notes a domain that is on its way here.
+func (d *Driver) expect(o *offer, x *libvirtxml.Domain) (*domain, func(), error) {
+	g := d.newDomain(x.Name, x.UUID)
+	g.incoming, g.brought = true, o.Cards
+	done, err := g.begin("incoming migration")
+	if err != nil {
+		return nil, nil, err
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.domains[x.Name] != nil {
+		return nil, nil, refusal("guest %s cannot come here: %v", x.Name, hypervisor.ErrExists)
+	}
+	d.domains[x.Name] = g
+	return g, done, nil
+}
+
+func (d *Driver) buildShell(ctx context.Context, l *lv.Libvirt, o *offer, x *libvirtxml.Domain, blocks []migrate.BlockInfo) (_ *Shell, err error) {
+	g, done, err := d.expect(o, x)
+	if err != nil {
+		return nil, err
+	}
+	s := &Shell{g: g, l: l, done: done, record: shellRecord{
+		Name: g.name, UUID: g.uuid, Persistent: o.Persistent, Autostart: o.Autostart, Cards: o.Cards,
+	}, definition: o.XML}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, s.Destroy(context.WithoutCancel(ctx)))
+		}
+	}()
+	g.mu.Lock()
+	g.shell = s
+	g.mu.Unlock()
+	if err := write(g.files.shell(), s.record); err != nil {
+		return nil, err
+	}
+	uid, gid, err := userOf(ctx, l, x)
+	if err != nil {
+		return nil, err
+	}
+	dir, err := g.files.streamFolder(uid, gid)
+	if err != nil {
+		return nil, err
+	}
+	s.socket = incomingSocket(dir)
+	parameters := []lv.TypedParam{
+		text("destination_name", g.name), text("destination_xml", o.XML), text("migrate_uri", "unix://"+s.socket),
+	}
+	// Only now is there anything to end.
+	s.prepared = true
+	err = do(ctx, l, func(l *lv.Libvirt) error {
+		_, _, err := l.DomainMigratePrepare3Params(parameters, o.Cookie, uint32(migrateFlags))
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("libvirt cannot take it: %w", err)
+	}
+	return s, s.find(ctx, blocks)
+}
+
+// find finds the shell's process and its memory.
+func (s *Shell) find(ctx context.Context, blocks []migrate.BlockInfo) error {
+	if err := s.g.look(ctx, s.l); err != nil {
+		return err
+	}
+	s.g.mu.Lock()
+	s.proc = s.g.proc
+	s.g.mu.Unlock()
+	if s.proc == nil {
+		return errNoProcess
+	}
+	memory, err := s.proc.blocks()
+	if err != nil {
+		return err
+	}
+	s.memory = memory
+	if len(memory) != len(blocks) {
+		return refusal("the guest has %d blocks of memory here and %d at the source; give both the same memory backing", len(memory), len(blocks))
+	}
+	for _, b := range blocks {
+		if !has(memory, b) {
+			return refusal("there is no memory %s of %d bytes here; give the guest the same memory backing as at the source", b.Name, b.Size)
+		}
+	}
+	return nil
+}
+
+func has(memory []migrate.Memory, b migrate.BlockInfo) bool {
+	for _, m := range memory {
+		if m.Name == b.Name && m.Size == b.Size {
+			return true
+		}
+	}
+	return false
+}

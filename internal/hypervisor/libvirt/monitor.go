@@ -1,0 +1,83 @@
+package libvirt
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+
+	lv "github.com/digitalocean/go-libvirt"
+)
+
+// object is a JSON object.
+type object map[string]any
+
+// errMonitor is QEMU's own refusal of a command.
+var errMonitor = errors.New("QEMU refused")
+
+// monitor sends QEMU a command through libvirt, which taints the domain with
+// custom-monitor. While libvirt has a job of its own on the domain that waits
+// for the job.
+func (g *domain) monitor(ctx context.Context, l *lv.Libvirt, command string, arguments object, answer any) error {
+	request := object{"execute": command}
+	if arguments != nil {
+		request["arguments"] = arguments
+	}
+	text, err := json.Marshal(request)
+	if err != nil {
+		return fmt.Errorf("QMP %s: %w", command, err)
+	}
+	said, err := call(ctx, l, func(l *lv.Libvirt) (string, error) {
+		return l.QEMUDomainMonitorCommand(g.ref(), string(text), 0)
+	})
+	if err != nil {
+		return fmt.Errorf("QMP %s: %w", command, err)
+	}
+	var reply struct {
+		Return json.RawMessage `json:"return"`
+		Error  *struct {
+			Desc string `json:"desc"`
+		} `json:"error"`
+	}
+	if err := json.Unmarshal([]byte(said), &reply); err != nil {
+		return fmt.Errorf("QMP %s: %w", command, err)
+	}
+	if reply.Error != nil {
+		return fmt.Errorf("QMP %s: %w: %s", command, errMonitor, reply.Error.Desc)
+	}
+	if answer == nil {
+		return nil
+	}
+	if err := json.Unmarshal(reply.Return, answer); err != nil {
+		return fmt.Errorf("QMP %s: %w", command, err)
+	}
+	return nil
+}
+
+// ignoreShared is the capability by which QEMU leaves memory in shared files out
+// of its stream.
+const ignoreShared = "x-ignore-shared"
+
+// setIgnoreShared switches the capability.
+func (g *domain) setIgnoreShared(ctx context.Context, l *lv.Libvirt, on bool) error {
+	return g.monitor(ctx, l, "migrate-set-capabilities", object{
+		"capabilities": []object{{"capability": ignoreShared, "state": on}},
+	}, nil)
+}
+
+// ignoresShared says whether it is on.
+func (g *domain) ignoresShared(ctx context.Context, l *lv.Libvirt) (bool, error) {
+	var all []struct {
+		Capability string `json:"capability"`
+		State      bool   `json:"state"`
+	}
+	if err := g.monitor(ctx, l, "query-migrate-capabilities", nil, &all); err != nil {
+		return false, err
+	}
+	for _, c := range all {
+		if c.Capability == ignoreShared {
+			return c.State, nil
+		}
+	}
+	return false, fmt.Errorf("this QEMU has no migration capability %s", ignoreShared)
+}

@@ -1,0 +1,150 @@
+package libvirt
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"regexp"
+
+	lv "github.com/digitalocean/go-libvirt"
+	"libvirt.org/go/libvirtxml"
+
+	"github.com/lmctl/lmctl/internal/hypervisor/storage"
+)
+
+// offerVersion is that of the format below.
+const offerVersion = 1
+
+// maxOffer bounds what is read from another host, in bytes.
+const maxOffer = 4 << 20
+
+// offer is what the destination gets to know of a domain.
+type offer struct {
+	Version    int                  `json:"version"`
+	Hypervisor string               `json:"hypervisor"` // libvirt
+	XML        string               `json:"xml"`        // by which libvirt makes the domain
+	Cookie     []byte               `json:"cookie"`     // of Begin3
+	Persistent string               `json:"persistent,omitempty"`
+	Autostart  bool                 `json:"autostart,omitempty"`
+	QEMU       uint64               `json:"qemu"`    // version: major × 1000000 + minor × 1000 + micro
+	Libvirt    uint64               `json:"libvirt"` // likewise
+	PageSize   int                  `json:"page_size"`
+	Files      []storage.Facts      `json:"files"`
+	Cards      map[string]cardFacts `json:"cards"` // by MAC, learnt addresses too
+}
+
+// Definition describes the domain to the destination: it has libvirt begin a
+// migration, which binds it to nothing yet.
+func (s *Guest) Definition(ctx context.Context) ([]byte, error) {
+	l, err := s.g.d.conn.get()
+	if err != nil {
+		return nil, fmt.Errorf("describe guest %s: %w", s.g.name, err)
+	}
+	o, err := s.offer(ctx, l)
+	if err != nil {
+		return nil, fmt.Errorf("describe guest %s: %w", s.g.name, err)
+	}
+	return json.Marshal(o)
+}
+
+func (s *Guest) offer(ctx context.Context, l *lv.Libvirt) (*offer, error) {
+	var err error
+	if s.like, err = s.g.likeness(ctx, l); err != nil {
+		return nil, err
+	}
+	type begun struct {
+		cookie []byte
+		xml    string
+	}
+	b, err := call(ctx, l, func(l *lv.Libvirt) (begun, error) {
+		cookie, xml, err := l.DomainMigrateBegin3Params(s.g.ref(), nil, uint32(migrateFlags))
+		return begun{cookie, xml}, err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("libvirt cannot migrate it: %w", err)
+	}
+	s.xml, s.cookie = b.xml, b.cookie
+	o := &offer{Version: offerVersion, Hypervisor: "libvirt", XML: b.xml, Cookie: b.cookie, PageSize: os.Getpagesize(), Cards: map[string]cardFacts{}}
+	if o.Persistent, o.Autostart, err = s.g.persistence(ctx, l); err != nil {
+		return nil, err
+	}
+	if o.QEMU, err = l.ConnectGetVersion(); err != nil {
+		return nil, err
+	}
+	if o.Libvirt, err = l.ConnectGetLibVersion(); err != nil {
+		return nil, err
+	}
+	for _, c := range s.g.cards() {
+		o.Cards[c.MAC.String()] = cardFacts{Addresses: c.Addresses, Router: c.Router}
+	}
+	var x libvirtxml.Domain
+	if err := x.Unmarshal(b.xml); err != nil {
+		return nil, fmt.Errorf("domain XML: %w", err)
+	}
+	o.Files, err = gatherFiles(&x)
+	return o, err
+}
+
+// persistence is the definition that is to go with the domain, empty if it has
+// none, and whether it starts with its host.
+func (g *domain) persistence(ctx context.Context, l *lv.Libvirt) (xml string, autostart bool, err error) {
+	persistent, err := l.DomainIsPersistent(g.ref())
+	if err != nil || persistent == 0 {
+		return "", false, err
+	}
+	if xml, err = g.inactiveXML(ctx, l); err != nil {
+		return "", false, err
+	}
+	auto, err := l.DomainGetAutostart(g.ref())
+	return xml, auto != 0, err
+}
+
+// balloon is what changes in a domain's XML by itself.
+var balloon = regexp.MustCompile(`<currentMemory[^>]*>[^<]*</currentMemory>`)
+
+// likeness is the domain's XML as another libvirt would get it, by which a
+// change is noticed that another hand made.
+func (g *domain) likeness(ctx context.Context, l *lv.Libvirt) (string, error) {
+	text, err := call(ctx, l, func(l *lv.Libvirt) (string, error) {
+		return l.DomainGetXMLDesc(g.ref(), lv.DomainXMLMigratable)
+	})
+	if err != nil {
+		return "", err
+	}
+	return balloon.ReplaceAllString(text, ""), nil
+}
+
+// parseOffer reads what another host says of a domain. Nothing in it is trusted
+// to be right, nor to name a file that we should read.
+func parseOffer(data []byte) (*offer, *libvirtxml.Domain, error) {
+	if len(data) > maxOffer {
+		return nil, nil, fmt.Errorf("it has %d bytes, more than %d", len(data), maxOffer)
+	}
+	var kind struct {
+		Hypervisor string `json:"hypervisor"`
+	}
+	if err := json.Unmarshal(data, &kind); err == nil && kind.Hypervisor != "libvirt" {
+		return nil, nil, errors.New("the source runs it without libvirt; set hypervisor to the same on both hosts")
+	}
+	dec := json.NewDecoder(bytes.NewReader(data))
+	dec.DisallowUnknownFields()
+	var o offer
+	if err := dec.Decode(&o); err != nil {
+		return nil, nil, err
+	}
+	if _, err := dec.Token(); !errors.Is(err, io.EOF) {
+		return nil, nil, errors.New("something follows it")
+	}
+	if o.Version != offerVersion {
+		return nil, nil, fmt.Errorf("it has version %d, not %d; run the same lmctl on both hosts", o.Version, offerVersion)
+	}
+	var x libvirtxml.Domain
+	if err := x.Unmarshal(o.XML); err != nil {
+		return nil, nil, fmt.Errorf("domain XML: %w", err)
+	}
+	return &o, &x, nil
+}

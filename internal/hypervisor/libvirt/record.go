@@ -1,0 +1,125 @@
+package libvirt
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+)
+
+// suspensionRecord is on disk from before a domain is suspended until it runs
+// again or is released.
+type suspensionRecord struct {
+	Name string `json:"name"`
+	UUID string `json:"uuid"`
+	// IgnoredShared is what the capability was before.
+	IgnoredShared bool `json:"ignored_shared"`
+}
+
+// shellRecord is on disk while a domain is on its way here.
+type shellRecord struct {
+	Name string `json:"name"`
+	UUID string `json:"uuid"`
+	// Persistent is the XML by which it is to be defined here, empty if it is to
+	// stay transient.
+	Persistent string               `json:"persistent,omitempty"`
+	Autostart  bool                 `json:"autostart,omitempty"`
+	Cards      map[string]cardFacts `json:"cards,omitempty"`
+}
+
+// write replaces a file, for an agent that dies now to leave for the next. It
+// need not outlive the host, as no process does.
+func write(path string, content any) error {
+	text, err := json.Marshal(content)
+	if err != nil {
+		return fmt.Errorf("%s: %w", path, err)
+	}
+	// The folder of the sockets inside is another user's to reach.
+	if err := os.MkdirAll(filepath.Dir(path), 0o711); err != nil {
+		return err
+	}
+	if err := os.WriteFile(path+".new", text, 0o600); err != nil {
+		return err
+	}
+	return os.Rename(path+".new", path)
+}
+
+func read(path string, content any) error {
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	if err := json.Unmarshal(text, content); err != nil {
+		return fmt.Errorf("%s: %w", path, err)
+	}
+	return nil
+}
+
+// there says whether a file is there, or may be.
+func there(path string) bool {
+	_, err := os.Stat(path)
+	return !errors.Is(err, fs.ErrNotExist)
+}
+
+func removeFile(path string) error {
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
+}
+
+// remove removes all files of a domain.
+func (f files) remove() error { return os.RemoveAll(f.dir) }
+
+// sweep takes up what an earlier agent left of its migrations, and removes what
+// belongs to no domain any more.
+func (d *Driver) sweep() error {
+	parent := filepath.Join(d.cfg.RunDir, "libvirt")
+	entries, err := os.ReadDir(parent)
+	if err != nil {
+		return fmt.Errorf("libvirt: %w", err)
+	}
+	byID := make(map[string]*domain)
+	for _, g := range d.all() {
+		byID[g.uuid] = g
+	}
+	var errs []error
+	for _, e := range entries {
+		g := byID[e.Name()]
+		if g == nil {
+			errs = append(errs, os.RemoveAll(filepath.Join(parent, e.Name())))
+			continue
+		}
+		errs = append(errs, g.takeUp())
+	}
+	return errors.Join(errs...)
+}
+
+// takeUp goes on with what an earlier agent did to a domain.
+func (g *domain) takeUp() error {
+	// Nobody listens on the sockets any more.
+	if err := os.RemoveAll(g.files.stream()); err != nil {
+		return err
+	}
+	suspended := there(g.files.suspension())
+	if !there(g.files.shell()) {
+		g.tell(func() { g.suspended = suspended })
+		return nil
+	}
+	var r shellRecord
+	if err := read(g.files.shell(), &r); err != nil {
+		return err
+	}
+	running := false
+	g.tell(func() {
+		running = g.runs()
+		g.incoming, g.brought = !running, r.Cards
+	})
+	if running {
+		// It was told to run, and the rest is still to be done.
+		g.d.wg.Go(func() { g.settleIn(r) })
+	}
+	return nil
+}

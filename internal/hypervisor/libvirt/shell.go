@@ -1,0 +1,334 @@
+package libvirt
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"sync"
+	"time"
+
+	lv "github.com/digitalocean/go-libvirt"
+
+	"github.com/lmctl/lmctl/internal/hypervisor"
+	"github.com/lmctl/lmctl/migrate"
+)
+
+// Shell is a domain on its way to this host. It holds the domain for one
+// operation until it runs, is destroyed or is closed.
+type Shell struct {
+	g          *domain
+	done       func()
+	record     shellRecord
+	definition string // the XML by which libvirt makes it
+
+	// The following are of a shell of our own, not of an earlier agent's.
+	l        *lv.Libvirt // the connection on which it was prepared: it ends with that
+	socket   string
+	prepared bool // libvirt may have something of it
+	memory   []migrate.Memory
+	proc     *process
+
+	mu sync.Mutex
+	// finished says that libvirt's migration is over: the domain is an ordinary
+	// one that stands still, and survives us.
+	finished bool
+	ran      bool // it was told to run, perhaps by an earlier agent
+	resumed  bool // it runs, as far as we are concerned
+	closed   bool
+}
+
+var _ hypervisor.Shell = (*Shell)(nil)
+
+// ShellOf finds the shell of an earlier agent again.
+func (d *Driver) ShellOf(name string) (_ hypervisor.Shell, ran bool, err error) {
+	g, err := d.lookup(name)
+	if err != nil {
+		return nil, false, err
+	}
+	done, err := g.begin("incoming migration", hypervisor.StateIncoming, hypervisor.StateRunning, hypervisor.StatePaused)
+	if err != nil {
+		return nil, false, err
+	}
+	s := &Shell{g: g, done: done, finished: true}
+	g.mu.Lock()
+	s.proc = g.proc
+	g.mu.Unlock()
+	if err := read(g.files.shell(), &s.record); err != nil && !errors.Is(err, os.ErrNotExist) {
+		done()
+		return nil, false, fmt.Errorf("take over guest %s: %w", name, err)
+	}
+	// The mark is there before the domain is told to run, so that one that
+	// cannot be looked for counts.
+	s.ran = there(g.files.resumed()) || g.runs()
+	return s, s.ran, nil
+}
+
+// runs says whether libvirt says so.
+func (g *domain) runs() bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.state == hypervisor.StateRunning
+}
+
+// Memory is the guest's RAM, valid until the shell runs, is destroyed or is
+// closed.
+func (s *Shell) Memory() []migrate.Memory { return s.memory }
+
+// Lost is closed when QEMU has ended.
+func (s *Shell) Lost() <-chan struct{} {
+	if s.proc == nil {
+		ended := make(chan struct{})
+		close(ended)
+		return ended
+	}
+	return s.proc.ended
+}
+
+// LoadState feeds r to QEMU and waits until it has loaded all of it and libvirt
+// has taken the domain for its own, paused.
+func (s *Shell) LoadState(ctx context.Context, r io.Reader) error {
+	if err := s.loadState(ctx, r); err != nil {
+		return fmt.Errorf("load the device state of guest %s: %w", s.g.name, err)
+	}
+	return nil
+}
+
+func (s *Shell) loadState(ctx context.Context, r io.Reader) error {
+	conn, err := dial(ctx, s.socket, s.proc)
+	if err != nil {
+		return err
+	}
+	cancelled := context.AfterFunc(ctx, func() { _ = conn.Close() })
+	defer cancelled()
+	// Finish3 waits for the state, so that its answer is there as soon as the
+	// state is.
+	finished := make(chan error, 1)
+	go func() {
+		finished <- do(ctx, s.l, func(l *lv.Libvirt) error { return s.finish(l, false) })
+	}()
+	_, copied := io.Copy(conn, r)
+	if copied == nil {
+		copied = conn.CloseWrite()
+	}
+	if copied != nil {
+		// QEMU ends, and libvirt says why.
+		copied = errors.Join(copied, conn.Close())
+	}
+	if err := <-finished; err != nil {
+		return errors.Join(err, copied)
+	}
+	s.mu.Lock()
+	s.finished = true
+	s.mu.Unlock()
+	return errors.Join(copied, conn.Close(), ctx.Err())
+}
+
+// finish ends libvirt's migration here: with the domain paused, or gone.
+func (s *Shell) finish(l *lv.Libvirt, cancel bool) error {
+	flags, retcode := migrateFlags|lv.MigratePaused, int32(0)
+	if cancel {
+		retcode = 1
+	}
+	parameters := []lv.TypedParam{text("destination_name", s.g.name), text("migrate_uri", "unix://"+s.socket)}
+	_, _, err := l.DomainMigrateFinish3Params(parameters, nil, uint32(flags), retcode)
+	return err
+}
+
+// Resume connects the guest's network and starts its CPUs.
+func (s *Shell) Resume(ctx context.Context) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.resumed {
+		return nil
+	}
+	if err := s.run(ctx); err != nil {
+		err = errors.Join(err, s.letGo())
+		return fmt.Errorf("run guest %s: %w", s.g.name, err)
+	}
+	s.ran, s.resumed = true, true
+	s.g.d.wg.Go(func() {
+		s.g.settleIn(s.record)
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if err := s.letGo(); err != nil {
+			s.g.d.log.Warn("close what the shell held", "guest", s.g.name, "error", err)
+		}
+	})
+	return nil
+}
+
+func (s *Shell) run(ctx context.Context) error {
+	notStarted := func(err error) error {
+		if s.ran {
+			return err // by an earlier agent, perhaps
+		}
+		return fmt.Errorf("%w: %w", migrate.ErrNotStarted, err)
+	}
+	l, err := s.g.d.conn.get()
+	if err != nil {
+		return notStarted(err)
+	}
+	if s.ran && s.g.runs() {
+		return nil
+	}
+	// The mark is for the next agent, should this one die now.
+	if err := write(s.g.files.resumed(), true); err != nil {
+		return notStarted(err)
+	}
+	err = do(ctx, l, func(l *lv.Libvirt) error { return l.DomainResume(s.g.ref()) })
+	if err == nil {
+		return nil
+	}
+	state, _, stateErr := l.DomainGetState(s.g.ref(), 0)
+	switch now, _ := stateOf(lv.DomainState(state), 0); {
+	case stateErr != nil:
+		s.ran = true // it may
+		return errors.Join(err, stateErr)
+	case now == hypervisor.StateRunning:
+		return nil
+	case s.ran || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded):
+		s.ran = true // libvirt may be about to
+		return err
+	}
+	return errors.Join(notStarted(err), removeFile(s.g.files.resumed()))
+}
+
+// settleTimeout bounds what is done about a domain that runs here now.
+const settleTimeout = time.Minute
+
+// settleIn makes the shell a domain like any other: it is defined here if it was
+// at the source.
+func (g *domain) settleIn(r shellRecord) {
+	ctx, cancel := context.WithTimeout(g.d.ctx, settleTimeout)
+	defer cancel()
+	if err := g.makeOrdinary(ctx, r); err != nil {
+		g.d.log.Error("make the shell an ordinary domain", "guest", g.name, "error", err)
+	}
+}
+
+func (g *domain) makeOrdinary(ctx context.Context, r shellRecord) error {
+	l, err := g.d.conn.await(ctx)
+	if err != nil {
+		return err
+	}
+	if r.Persistent != "" {
+		dom, err := call(ctx, l, func(l *lv.Libvirt) (lv.Domain, error) { return l.DomainDefineXML(r.Persistent) })
+		if err != nil {
+			return err
+		}
+		if r.Autostart {
+			if err := do(ctx, l, func(l *lv.Libvirt) error { return l.DomainSetAutostart(dom, 1) }); err != nil {
+				return err
+			}
+		}
+	}
+	g.tell(func() { g.incoming = false })
+	if err := g.files.remove(); err != nil {
+		return err
+	}
+	return g.look(ctx, l)
+}
+
+// Announce tells the network where the guest is now.
+func (s *Shell) Announce(ctx context.Context) (int, error) {
+	cards := s.g.cards()
+	if len(cards) == 0 {
+		return 0, nil
+	}
+	n, err := s.g.d.cfg.Announce(ctx, cards)
+	if err != nil {
+		return n, fmt.Errorf("announce guest %s: %w", s.g.name, err)
+	}
+	return n, nil
+}
+
+// errRan says that a shell is none any more.
+var errRan = errors.New("its CPUs were started; it is a guest of this host")
+
+// destroyTimeout bounds the end of a shell.
+const destroyTimeout = time.Minute
+
+// Destroy ends a shell that never ran and removes all of it. Also when it fails
+// the shell holds the guest no more.
+func (s *Shell) Destroy(ctx context.Context) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.ran {
+		return fmt.Errorf("destroy the shell of guest %s: %w", s.g.name, errRan)
+	}
+	ctx, cancel := context.WithTimeout(ctx, destroyTimeout)
+	defer cancel()
+	err := s.destroy(ctx)
+	if err = errors.Join(err, s.letGo()); err != nil {
+		return fmt.Errorf("destroy the shell of guest %s: %w", s.g.name, err)
+	}
+	return nil
+}
+
+func (s *Shell) destroy(ctx context.Context) error {
+	s.g.intend(hypervisor.EndDestroyed)
+	if s.prepared && !s.finished {
+		err := do(ctx, s.l, func(l *lv.Libvirt) error { return s.finish(l, true) })
+		if err != nil {
+			// Libvirt may know nothing of it, which is what is wanted; what
+			// there is, is looked for below.
+			s.g.d.log.Debug("cancel libvirt's migration", "guest", s.g.name, "error", err)
+		}
+	}
+	if !s.prepared && !s.finished {
+		return s.g.vanished()
+	}
+	l, err := s.g.d.conn.await(ctx)
+	if err != nil {
+		return err
+	}
+	for {
+		state, _, err := l.DomainGetState(s.g.ref(), 0)
+		if isCode(err, lv.ErrNoDomain) {
+			return s.g.vanished()
+		}
+		if err != nil {
+			return err
+		}
+		if now, _ := stateOf(lv.DomainState(state), 0); now == hypervisor.StateRunning {
+			return errRan
+		}
+		err = do(ctx, l, func(l *lv.Libvirt) error { return l.DomainDestroy(s.g.ref()) })
+		if err == nil || isCode(err, lv.ErrNoDomain) {
+			continue
+		}
+		if waitErr := pause(ctx); waitErr != nil {
+			return errors.Join(err, waitErr)
+		}
+	}
+}
+
+// Close gives the guest back without running or destroying it. One that runs
+// gives itself back.
+func (s *Shell) Close() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.resumed {
+		return nil
+	}
+	return s.letGo()
+}
+
+// letGo closes what the shell holds. The mu is held.
+func (s *Shell) letGo() error {
+	if s.closed {
+		return nil
+	}
+	s.closed = true
+	s.g.mu.Lock()
+	if s.g.shell == s {
+		s.g.shell = nil
+	}
+	s.g.mu.Unlock()
+	err := closeBlocks(s.memory)
+	s.memory = nil
+	s.done()
+	return err
+}

@@ -1,0 +1,55 @@
+package libvirt
+
+import (
+	"context"
+	"fmt"
+	"strconv"
+	"strings"
+
+	lv "github.com/digitalocean/go-libvirt"
+	"libvirt.org/go/libvirtxml"
+)
+
+// userOf is the user and group that libvirt would run a domain's QEMU as: those
+// of its own label, or of libvirtd's configuration. Where libvirtd does not
+// separate domains by user, that is root.
+func userOf(ctx context.Context, l *lv.Libvirt, x *libvirtxml.Domain) (uid, gid int, err error) {
+	for i := range x.SecLabel {
+		if s := &x.SecLabel[i]; s.Model == "dac" && s.Label != "" {
+			return parseUser(s.Label)
+		}
+	}
+	text, err := call(ctx, l, func(l *lv.Libvirt) (string, error) { return l.ConnectGetCapabilities() })
+	if err != nil {
+		return 0, 0, err
+	}
+	var caps libvirtxml.Caps
+	if err := caps.Unmarshal(text); err != nil {
+		return 0, 0, fmt.Errorf("libvirt's capabilities: %w", err)
+	}
+	for i := range caps.Host.SecModel {
+		m := &caps.Host.SecModel[i]
+		if m.Name != "dac" {
+			continue
+		}
+		for _, label := range m.Labels {
+			if label.Type == x.Type {
+				return parseUser(label.Value)
+			}
+		}
+	}
+	return 0, 0, nil
+}
+
+// parseUser reads "+UID:+GID".
+func parseUser(label string) (uid, gid int, err error) {
+	user, group, _ := strings.Cut(label, ":")
+	uid, err = strconv.Atoi(strings.TrimPrefix(user, "+"))
+	if err == nil {
+		gid, err = strconv.Atoi(strings.TrimPrefix(group, "+"))
+	}
+	if err != nil {
+		return 0, 0, fmt.Errorf("libvirt's user of QEMU is %q, which is not +UID:+GID", label)
+	}
+	return uid, gid, nil
+}

@@ -1,0 +1,267 @@
+package libvirt
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	lv "github.com/digitalocean/go-libvirt"
+	"golang.org/x/sys/unix"
+
+	"github.com/lmctl/lmctl/internal/hypervisor"
+	"github.com/lmctl/lmctl/internal/hypervisor/nics"
+)
+
+// lookTimeout bounds a look at a domain.
+const lookTimeout = 30 * time.Second
+
+// meet finds the domains of a libvirtd that was just connected to, and follows
+// what becomes of them.
+func (d *Driver) meet(l *lv.Libvirt) error {
+	events, err := l.LifecycleEvents(d.ctx)
+	if err != nil {
+		return fmt.Errorf("subscribe to its events: %w", err)
+	}
+	// The events are taken from now on and acted on after the list.
+	listed := make(chan struct{})
+	d.wg.Go(func() {
+		<-listed
+		for e := range events {
+			d.happened(l, e)
+		}
+	})
+	defer close(listed)
+	doms, _, err := l.ConnectListAllDomains(1, 0)
+	if err != nil {
+		return fmt.Errorf("list its domains: %w", err)
+	}
+	there := make(map[*domain]bool)
+	for _, dom := range doms {
+		g := d.of(dom)
+		there[g] = true
+		g.tell(func() { g.lost = false })
+		if err := g.look(d.ctx, l); err != nil {
+			d.log.Warn("look at a domain", "guest", dom.Name, "error", err)
+		}
+	}
+	for _, g := range d.all() {
+		if there[g] {
+			continue
+		}
+		if err := g.vanished(); err != nil {
+			d.log.Warn("a domain has gone", "guest", g.name, "error", err)
+		}
+	}
+	d.wg.Go(func() { d.warm(l) })
+	return nil
+}
+
+// warm has libvirtd find out what its QEMU can do: it takes seconds the first
+// time, which would be a migration's.
+func (d *Driver) warm(l *lv.Libvirt) {
+	if _, err := l.ConnectGetDomainCapabilities(nil, nil, nil, nil, 0); err != nil {
+		d.log.Debug("libvirt's capabilities", "error", err)
+	}
+}
+
+// part notes that libvirtd cannot be asked any more.
+func (d *Driver) part(cause error) {
+	if d.ctx.Err() != nil {
+		return
+	}
+	for _, g := range d.all() {
+		g.mu.Lock()
+		lost := g.lost
+		g.mu.Unlock()
+		if lost {
+			continue
+		}
+		d.log.Warn("libvirtd cannot be reached", "guest", g.name, "error", cause)
+		g.tell(func() { g.lost = true })
+	}
+}
+
+// happened acts on a lifecycle event.
+func (d *Driver) happened(l *lv.Libvirt, e lv.DomainEventLifecycleMsg) {
+	g := d.of(e.Dom)
+	if lv.DomainEventType(e.Event) == lv.DomainEventStopped {
+		g.stopped(lv.DomainEventStoppedDetailType(e.Detail))
+	}
+	ctx, cancel := context.WithTimeout(d.ctx, lookTimeout)
+	defer cancel()
+	if err := g.look(ctx, l); err != nil && d.ctx.Err() == nil && !errors.Is(err, errDisconnected) {
+		d.log.Warn("look at a domain", "guest", g.name, "error", err)
+	}
+}
+
+// exitGrace is how long a process may take to end after libvirt has said that
+// its domain has.
+const exitGrace = 2 * time.Second
+
+// stopped notes how a domain ended.
+func (g *domain) stopped(detail lv.DomainEventStoppedDetailType) {
+	g.mu.Lock()
+	proc, intent := g.proc, g.intent
+	g.intent = ""
+	g.mu.Unlock()
+	end := hypervisor.End{At: time.Now(), Cause: hypervisor.EndVanished}
+	switch detail {
+	case lv.DomainEventStoppedShutdown:
+		end.Cause = hypervisor.EndPoweredDown
+	case lv.DomainEventStoppedDestroyed:
+		end.Cause = hypervisor.EndDestroyed
+	case lv.DomainEventStoppedCrashed:
+		end.Cause = hypervisor.EndCrashed
+	case lv.DomainEventStoppedMigrated:
+		end.Cause = hypervisor.EndMigrated
+	case lv.DomainEventStoppedSaved:
+		end.Cause = hypervisor.EndSaved
+	default: // QEMU has ended by itself, or was ended by somebody else
+		end.Cause, end.Signal, end.Status = exitOf(proc)
+	}
+	if intent != "" {
+		end.Cause = intent
+	}
+	g.d.log.Info("guest ended", "guest", g.name, "end", end.String())
+	g.mu.Lock()
+	g.end = &end
+	g.mu.Unlock()
+}
+
+// exitOf is how a process ended that libvirt says has.
+func exitOf(p *process) (cause hypervisor.EndCause, signal, status int) {
+	if p == nil {
+		return hypervisor.EndVanished, 0, 0
+	}
+	timer := time.NewTimer(exitGrace)
+	defer timer.Stop()
+	select {
+	case <-p.ended:
+	case <-timer.C:
+	}
+	var ws *unix.WaitStatus
+	select {
+	case <-p.ended:
+		ws = p.exit
+	default:
+	}
+	switch {
+	case ws == nil:
+		return hypervisor.EndVanished, 0, 0
+	case ws.Signaled():
+		return hypervisor.EndKilled, int(ws.Signal()), 0
+	}
+	return hypervisor.EndExited, 0, ws.ExitStatus()
+}
+
+// look brings what the driver knows of a domain up to what libvirt says.
+func (g *domain) look(ctx context.Context, l *lv.Libvirt) error {
+	g.looking.Lock()
+	defer g.looking.Unlock()
+	dom, err := call(ctx, l, func(l *lv.Libvirt) (lv.Domain, error) { return l.DomainLookupByUUID(g.ref().UUID) })
+	if isCode(err, lv.ErrNoDomain) {
+		return g.vanished()
+	}
+	if err != nil {
+		return err
+	}
+	text, err := call(ctx, l, func(l *lv.Libvirt) (string, error) { return l.DomainGetXMLDesc(dom, 0) })
+	if err != nil {
+		return err
+	}
+	f, err := parseFacts(text)
+	if err != nil {
+		return err
+	}
+	state, reason, err := l.DomainGetState(dom, 0)
+	if err != nil {
+		return err
+	}
+	return g.seen(f, lv.DomainState(state), lv.DomainPausedReason(reason))
+}
+
+// seen takes over what libvirt says.
+func (g *domain) seen(f facts, s lv.DomainState, reason lv.DomainPausedReason) error {
+	state, word := stateOf(s, reason)
+	active := state != hypervisor.StateStopped
+	g.mu.Lock()
+	old, learners, before := g.proc, g.learners, g.state
+	g.mu.Unlock()
+	proc := old
+	var errs []error
+	if old != nil {
+		select {
+		case <-old.ended:
+			proc = nil
+		default:
+		}
+	}
+	if proc == nil && active {
+		var err error
+		if proc, err = g.d.findProcess(g.name, g.uuid); err != nil && !errors.Is(err, errNoProcess) {
+			errs = append(errs, err)
+		}
+	}
+	if !active {
+		proc = nil
+	}
+	keep := learners
+	switch {
+	case state == hypervisor.StateRunning && learners == nil:
+		keep = nics.Learn(g.d.ctx, g.d.log, g.name, f.cards)
+	case !active:
+		keep = nil
+	}
+	g.tell(func() {
+		g.facts, g.state, g.runstate, g.proc, g.learners = f, state, word, proc, keep
+		if active {
+			if before == hypervisor.StateStopped {
+				g.started = time.Now()
+			}
+			g.end = nil
+		}
+		if state == hypervisor.StateRunning {
+			g.incoming = false
+		}
+		if !active {
+			g.incoming, g.suspended = false, false
+		}
+	})
+	if old != nil && old != proc {
+		errs = append(errs, old.close())
+	}
+	if learners != nil && keep == nil {
+		errs = append(errs, learners.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// vanished notes that libvirt knows the domain no more.
+func (g *domain) vanished() error {
+	err := g.d.forget(g)
+	return errors.Join(err, g.files.remove())
+}
+
+// stateOf translates libvirt's state, and says it in a word.
+func stateOf(s lv.DomainState, reason lv.DomainPausedReason) (hypervisor.State, string) {
+	switch s {
+	case lv.DomainRunning, lv.DomainBlocked:
+		return hypervisor.StateRunning, "running"
+	case lv.DomainPaused:
+		switch reason {
+		case lv.DomainPausedMigration:
+			return hypervisor.StatePaused, "paused (migration)"
+		case lv.DomainPausedIoerror:
+			return hypervisor.StatePaused, "paused (I/O error)"
+		}
+		return hypervisor.StatePaused, "paused"
+	case lv.DomainPmsuspended:
+		return hypervisor.StatePaused, "suspended by the guest"
+	case lv.DomainShutdown:
+		return hypervisor.StateStopping, "shutting down"
+	case lv.DomainCrashed:
+		return hypervisor.StatePaused, "crashed"
+	}
+	return hypervisor.StateStopped, ""
+}
