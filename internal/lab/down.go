@@ -87,6 +87,7 @@ func clear(ctx context.Context, dir string) error {
 
 // remove removes a lab and its folder, going as far as it can.
 func remove(ctx context.Context, dir string) error {
+	var kept error // whether what is of use to the next lab could be kept
 	s, err := load(dir)
 	switch {
 	case errors.Is(err, ErrNone):
@@ -100,6 +101,8 @@ func remove(ctx context.Context, dir string) error {
 		if err := removeNamespaces(s.ID); err != nil {
 			return err
 		}
+		l := &Lab{dir: dir, state: s}
+		kept = l.keepCapabilities()
 	}
 	if err := unmountBelow(dir); err != nil {
 		return err
@@ -120,7 +123,7 @@ func remove(ctx context.Context, dir string) error {
 	if err := os.RemoveAll(dir); err != nil {
 		return fmt.Errorf("lab: %w", err)
 	}
-	return nil
+	return kept
 }
 
 // grace is how long agents may take to end when they are asked to.

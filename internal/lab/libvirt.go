@@ -43,6 +43,9 @@ func (l *Lab) makeLibvirtHosts() error {
 		if err := l.makeLibvirtFolders(host); err != nil {
 			return err
 		}
+		if err := l.seedCapabilities(host); err != nil {
+			return err
+		}
 	}
 	if err := l.preparePins(); err != nil {
 		return err
