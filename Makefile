@@ -8,6 +8,7 @@
 #   fuzz-seeds    only the seeds of the fuzz tests
 #   fuzz          every fuzz test for FUZZTIME (10s)
 #   demo          a Linux guest moves to another host and back
+#   demo-libvirt  the same between two libvirtd's
 #   bench         the quick comparison with QEMU's own migration
 #   docs          manual pages and shell completion, below dist/
 #   install       what was built, below PREFIX (/usr/local) and DESTDIR
@@ -21,9 +22,9 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := build
-.PHONY: build init test lint unit e2e fuzz fuzz-seeds demo bench proto \
+.PHONY: build init test lint unit e2e fuzz fuzz-seeds demo demo-libvirt bench proto \
 	docs install uninstall deb package \
-	install-deps install-run-deps need-root qemu10 clean
+	install-deps install-run-deps install-libvirt-deps need-root qemu10 clean
 
 export PATH := $(PATH):/usr/local/go/bin:/usr/sbin:/sbin
 
@@ -43,6 +44,7 @@ FUZZTIME ?= 10s
 UNIT_TIMEOUT ?= 10m
 E2E_TIMEOUT ?= 14m
 E2E = ./test/e2e/...
+LIBVIRT_DEPS = libvirt-daemon-system libvirt-clients
 
 # What is not root asks sudo: for packages, for the lab, and, if sudo needs no
 # password, for the tests that want root.
@@ -105,6 +107,9 @@ fuzz:
 demo: need-root install-run-deps build
 	$(SUDO) env "LMCTL_CACHE=$(LMCTL_CACHE)" bin/lmctl lab demo
 
+demo-libvirt: need-root install-libvirt-deps build
+	$(SUDO) env "LMCTL_CACHE=$(LMCTL_CACHE)" bin/lmctl lab demo --hypervisor libvirt
+
 bench: need-root install-run-deps build
 	$(SUDO) env "LMCTL_CACHE=$(LMCTL_CACHE)" bin/lmctl bench quick
 
@@ -124,6 +129,7 @@ uninstall:
 	packaging/install uninstall
 
 deb: docs
+	rm -f dist/lmctl_*.deb
 	packaging/build-deb '$(VERSION)' dist
 
 proto:
@@ -134,8 +140,11 @@ proto:
 install-run-deps:
 	@scripts/install-deps
 
+install-libvirt-deps:
+	@scripts/install-deps $(LIBVIRT_DEPS)
+
 install-deps:
-	@scripts/install-deps gcc libc6-dev shellcheck
+	@scripts/install-deps gcc libc6-dev shellcheck $(LIBVIRT_DEPS) ovmf
 
 qemu10:
 	@scripts/fetch-qemu10

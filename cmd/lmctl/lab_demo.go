@@ -32,6 +32,7 @@ type demo struct {
 	memory string
 	rate   dirtyRate
 	verify bool
+	runs   lab.Hypervisor
 	lab    *lab.Lab
 	guest  lab.Guest
 }
@@ -60,6 +61,7 @@ func newLabDemoCommand(l *labOptions) *cobra.Command {
 	cmd.Flags().IntVar(&d.count, "migrations", 2, "how many times the guest moves, there and back in turn")
 	cmd.Flags().StringVar(&d.memory, "memory", "512MiB", "the guest's memory")
 	cmd.Flags().Var(&d.rate, "dirty-rate", "how much memory the guest writes a second, or max")
+	addHypervisorFlag(cmd, &d.runs)
 	cmd.Flags().BoolVar(&d.verify, "verify", false, "compare every page at each switchover, which makes the pause longer")
 	return cmd
 }
@@ -81,9 +83,13 @@ func (d *demo) inLab(ctx context.Context) (err error) {
 	if d.count < 1 {
 		return usagef("--migrations %d: one is the least", d.count)
 	}
-	d.say("making two hosts and a client")
+	if d.runs == lab.Libvirt {
+		d.say("making two hosts, each with a libvirtd, and a client")
+	} else {
+		d.say("making two hosts and a client")
+	}
 	var end func() error
-	if d.lab, end, err = lab.Fresh(ctx, lab.Options{Dir: d.dir, Hosts: 2}); err != nil {
+	if d.lab, end, err = lab.Fresh(ctx, lab.Options{Dir: d.dir, Hosts: 2, Hypervisor: d.runs}); err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, end()) }()

@@ -10,8 +10,9 @@ func newLabExecCommand(l *labOptions) *cobra.Command {
 	return &cobra.Command{
 		Use: "exec HOST -- COMMAND [ARGUMENT]...", Short: "Run a command on a host of the lab, or on its client",
 		Long: `Runs a command in the network namespace of a host, or of the client. There, lmctl
-is this program and talks to that host's agent. The exit code is the command's.`,
-		Example: "  lmctl lab exec host1 -- lmctl guest list\n  lmctl lab exec client -- ping 10.77.0.1",
+is this program and talks to that host's agent, and virsh to its libvirt, where it
+has one. The exit code is the command's.`,
+		Example: "  lmctl lab exec host1 -- lmctl guest list\n  lmctl lab exec client -- ping 10.77.0.1\n  lmctl lab exec host2 -- virsh list",
 		Args: func(cmd *cobra.Command, args []string) error {
 			if len(args) < 2 {
 				return usagef("usage: %s", cmd.UseLine())

@@ -91,6 +91,8 @@ func newLabGuestStartCommand(l *labOptions) *cobra.Command {
 	f.StringVar(&spec.Disk, "disk", "", "raw image for its disk (linux; default: one is made)")
 	f.StringVar(&spec.Machine, "machine", "", "QEMU machine type (default pc)")
 	f.StringVar(&spec.Accelerator, "accelerator", "", "auto, kvm or tcg (default: auto; a flat guest: kvm)")
+	f.StringVar((*string)(&spec.Shape.Backing), "memory-backing", "", "with libvirt: file (the default), memfd or private")
+	f.BoolVar(&spec.Shape.Transient, "transient", false, "with libvirt: a domain without a definition")
 	f.StringVar(&spec.QEMU, "qemu", "", "QEMU's binary")
 	f.StringVar(&spec.FirmwareDir, "firmware-dir", "", "where an unpacked QEMU has its firmware")
 	return cmd

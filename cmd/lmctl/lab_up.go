@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -15,8 +16,9 @@ import (
 
 const labLong = `A lab is a cluster on this one machine: each host is a network namespace with a
 bridge, an agent and folders of its own, connected by a switch in another
-namespace; beside them is a client. All of it is in its namespaces and in one
-state folder: lab down leaves nothing.`
+namespace; beside them is a client. With --hypervisor libvirt each host also has
+a libvirtd of its own, with its own /run, /etc/libvirt and so on. All of it is in
+its namespaces and in one state folder: lab down leaves nothing.`
 
 // labOptions are the flags that all lab commands have.
 type labOptions struct {
@@ -83,8 +85,16 @@ func newLabUpCommand(l *labOptions) *cobra.Command {
 	}
 	cmd.Flags().IntVar(&opts.Hosts, "hosts", 2, "how many hosts")
 	cmd.Flags().StringVar(&limit, "memory-limit", "", "how much guest memory each host has, like 2GiB (default: half of this machine's)")
+	addHypervisorFlag(cmd, &opts.Hypervisor)
+	cmd.Flags().StringVar(&opts.Libvirt.User, "qemu-user", "", "with libvirt: whom QEMU runs as (default root)")
+	cmd.Flags().BoolVar(&opts.Libvirt.Virtlogd, "virtlogd", false, "with libvirt: have a virtlogd carry what QEMU writes")
 	cmd.Flags().StringSliceVar(&opts.AgentEnv, "agent-env", nil, "NAME=VALUE for the agents' environment; {host} stands for the host's name")
 	return cmd
+}
+
+// addHypervisorFlag lets a lab's hypervisor be chosen.
+func addHypervisorFlag(cmd *cobra.Command, h *lab.Hypervisor) {
+	cmd.Flags().StringVar((*string)(h), "hypervisor", string(lab.QEMU), "what runs the guests: qemu, or libvirt")
 }
 
 // revive starts the dead daemons of a lab that is up. Where there are none, up is
@@ -136,14 +146,21 @@ func (l *labOptions) printStatus(ctx context.Context, open *lab.Lab) error {
 		return printJSON(l.out, s)
 	}
 	var rows [][]string
+	var header string
 	for _, h := range s.Hosts {
-		agent := "runs"
-		if !h.Agent {
-			agent = "does not run: see " + h.Log
+		row := []string{h.Name, h.Address, h.Namespace}
+		header = "HOST ADDRESS NAMESPACE"
+		for _, d := range h.Daemons {
+			header += " " + strings.ToUpper(string(d.Name))
+			state := "runs"
+			if !d.Runs {
+				state = "does not run: see " + d.Log
+			}
+			row = append(row, state)
 		}
-		rows = append(rows, []string{h.Name, h.Address, h.Namespace, agent})
+		rows = append(rows, row)
 	}
-	if err := printTable(l.out, "HOST ADDRESS NAMESPACE AGENT", rows); err != nil || len(s.Guests) == 0 {
+	if err := printTable(l.out, header, rows); err != nil || len(s.Guests) == 0 {
 		return err
 	}
 	rows = nil
