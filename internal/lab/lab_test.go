@@ -128,13 +128,16 @@ func nothingLeft(t *testing.T, l *Lab) {
 	if strings.Contains(string(mounts), l.dir) {
 		t.Errorf("mounts left:\n%s", mounts)
 	}
-	procs, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	procs, err := filepath.Glob("/proc/[0-9]*")
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, p := range procs {
-		if b, err := os.ReadFile(p); err == nil && strings.Contains(string(b), l.dir) {
-			t.Errorf("process left: %s: %q", p, b)
+	for _, p := range procs { // one that ends meanwhile has none of these
+		argv, _ := os.ReadFile(filepath.Join(p, "cmdline"))
+		mounts, _ := os.ReadFile(filepath.Join(p, "mountinfo"))
+		cwd, _ := os.Readlink(filepath.Join(p, "cwd"))
+		if strings.Contains(string(argv)+string(mounts)+cwd, l.dir) {
+			t.Errorf("process left: %s: %q in %s", p, argv, cwd)
 		}
 	}
 }

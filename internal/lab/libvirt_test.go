@@ -4,10 +4,13 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/user"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/lmctl/lmctl/guest/flat"
 	"github.com/lmctl/lmctl/internal/sys"
@@ -82,6 +85,7 @@ func TestLibvirtHosts(t *testing.T) {
 			t.Errorf("%s of %s is %s", path, other, outside)
 		}
 	}
+	sharesStorage(t, l)
 	status, err := l.Status(t.Context())
 	if err != nil || len(status.Hosts) != 2 || !slices.Equal(status.Hosts[0].Daemons, []DaemonStatus{
 		{Virtlogd, true, l.DaemonLog("host1", Virtlogd)}, {Libvirtd, true, l.DaemonLog("host1", Libvirtd)}, {Agent, true, l.AgentLog("host1")},
@@ -89,6 +93,29 @@ func TestLibvirtHosts(t *testing.T) {
 		t.Errorf("status %+v, %v", status.Hosts, err)
 	}
 	down(t, l)
+}
+
+// sharesStorage sees that what is mounted in the storage is seen by all hosts.
+func sharesStorage(t *testing.T, l *Lab) {
+	t.Helper()
+	at := filepath.Join(l.Storage(), "later")
+	if err := os.Mkdir(at, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount("lmctl-test", at, "tmpfs", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(at, "file"), nil, 0o600); err != nil {
+		t.Error(err)
+	}
+	for _, host := range l.Hosts() {
+		if _, err := l.Output(t.Context(), host, "test", "-e", Images+"/later/file"); err != nil {
+			t.Errorf("%s does not see what was mounted in the storage: %v", host, err)
+		}
+	}
+	if err := unix.Unmount(at, 0); err != nil {
+		t.Error(err)
+	}
 }
 
 // sameFile says how two paths are not the same file. It is for a thread that
@@ -187,10 +214,13 @@ func TestVirshMigrates(t *testing.T) {
 // QEMU runs as another user, as it does on most hosts.
 func TestUnprivilegedQEMU(t *testing.T) {
 	testenv.NeedKVM(t)
-	const user = "libvirt-qemu"
+	const name = "libvirt-qemu"
+	if _, err := user.Lookup(name); err != nil {
+		testenv.Missing(t, "the user "+name, err)
+	}
 	for _, dynamic := range []bool{false, true} {
 		t.Run(fmt.Sprintf("dynamic ownership %v", dynamic), func(t *testing.T) {
-			l := upLibvirt(t, Options{NoAgents: true, Hosts: 1, Libvirt: LibvirtOptions{User: user, DynamicOwnership: dynamic}})
+			l := upLibvirt(t, Options{NoAgents: true, Hosts: 1, Libvirt: LibvirtOptions{User: name, DynamicOwnership: dynamic}})
 			g := start(t, l, GuestSpec{Name: "flat", Kind: Flat, Host: "host1", Memory: 64 << 20})
 			healthy(t, l, g, "host1")
 			pid, err := l.domainPID("host1", g.Name)
@@ -228,5 +258,45 @@ func TestLibvirtOptionsRefused(t *testing.T) {
 		if _, err := os.Stat(o.Dir); !errors.Is(err, os.ErrNotExist) {
 			t.Errorf("%+v leaves %s: %v", o, o.Dir, err)
 		}
+	}
+}
+
+// However far Up had come with hosts that have libvirt when it crashed, or when
+// the machine did, Down and another Up clean up.
+func TestLibvirtAfterCrash(t *testing.T) {
+	stages := []func(*Lab) error{
+		func(l *Lab) error { return errors.Join(os.MkdirAll(l.dir, 0o700), l.save()) },
+		func(l *Lab) error { return l.makeFolders() },
+		func(l *Lab) error { return l.makeNetwork() },
+		func(l *Lab) error { return l.makeLibvirtFolders("host1") },
+		func(l *Lab) error { return l.preparePins() },
+		func(l *Lab) error { return l.makeMounts("host1") },
+		func(l *Lab) error { return l.startAll(t.Context(), Libvirtd) },
+		func(l *Lab) error { // all that is not on disk is lost
+			if err := endProcesses(t.Context(), l.state.ID); err != nil {
+				return err
+			}
+			return errors.Join(removeNamespaces(l.state.ID), unmountBelow(l.dir))
+		},
+	}
+	upLibvirt(t, Options{Hosts: 1, NoAgents: true}) // for what it needs of the machine
+	for n := range stages {
+		t.Run(fmt.Sprintf("%d stages", n+1), func(t *testing.T) {
+			l, err := newLab(Options{Dir: shortDir(t), Hosts: 1, Hypervisor: Libvirt})
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, stage := range stages[:n+1] {
+				if err := stage(l); err != nil {
+					t.Fatal(err)
+				}
+			}
+			next, err := Up(t.Context(), Options{Dir: l.dir, Hosts: 1, NoAgents: true})
+			if err != nil {
+				t.Fatal(err)
+			}
+			down(t, next)
+			nothingLeft(t, l)
+		})
 	}
 }
