@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"math/rand/v2"
 	"net"
@@ -153,7 +154,14 @@ func (g *fakeGuest) write() {
 	}
 }
 
-func (g *fakeGuest) Name() string                               { return "fake" }
+func (g *fakeGuest) Name() string { return "fake" }
+func (g *fakeGuest) Prepared(answer []byte) error {
+	if string(answer) != "from the shell" {
+		return fmt.Errorf("the shell answered %q", answer)
+	}
+	return nil
+}
+
 func (g *fakeGuest) UUID() string                               { return testID.String() }
 func (g *fakeGuest) Definition(context.Context) ([]byte, error) { return []byte("definition"), nil }
 func (g *fakeGuest) Process() Process                           { return Process{PID: os.Getpid(), PIDFD: -1} }
@@ -201,6 +209,8 @@ type fakeShell struct {
 	destroyed bool
 	lost      chan struct{}
 }
+
+func (s *fakeShell) Answer() []byte { return []byte("from the shell") }
 
 func (s *fakeShell) Memory() []Memory { return s.mem }
 func (s *fakeShell) LoadState(_ context.Context, r io.Reader) (err error) {

@@ -42,6 +42,9 @@ type Guest interface {
 	// Definition is what the destination's Host needs to build the shell VM.
 	// The engine carries it and does not look inside.
 	Definition(ctx context.Context) ([]byte, error)
+	// Prepared is told what the destination's Shell answers to the Definition,
+	// before the first pass.
+	Prepared(answer []byte) error
 	// Process is the hypervisor's process, whose page tables are tracked.
 	Process() Process
 	// Memory lists the blocks of guest RAM.
@@ -112,6 +115,9 @@ type Shell interface {
 	// Memory lists the shell's blocks, by the same names and sizes as the
 	// source's, all holes.
 	Memory() []Memory
+	// Answer is what the source's hypervisor is to know of the shell, for
+	// Guest.Prepared; nil for nothing.
+	Answer() []byte
 	// LoadState feeds the device state to the hypervisor. It reads r to its
 	// end and returns when the hypervisor has loaded all of it; the vCPUs stay
 	// stopped.

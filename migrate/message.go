@@ -19,6 +19,9 @@ type (
 		Streams    int         `json:"streams"`
 		Verify     bool        `json:"verify"`
 	}
+	preparedMsg struct {
+		Answer []byte `json:"answer,omitempty"` // of the Shell, for the Guest
+	}
 	refusedMsg struct {
 		Reasons []string `json:"reasons"`
 	}

@@ -138,7 +138,7 @@ func (s *session) open(ctx context.Context) error {
 	s.intake = newIntake(s.mem, s.offer.Streams, s.passDone)
 	s.mu.Unlock()
 	s.prepared.Store(true)
-	if err := s.ctl.send(ctlPrepared, nil); err != nil {
+	if err := s.ctl.send(ctlPrepared, preparedMsg{Answer: s.shell.Answer()}); err != nil {
 		s.closeStreams()
 		return err
 	}

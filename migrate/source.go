@@ -208,8 +208,12 @@ func (m *source) prepare(ctx context.Context, lost func(error)) error {
 	if err := m.peer.ctl.send(ctlOffer, offer); err != nil {
 		return err
 	}
-	if err := m.peer.await(ctx, ctlPrepared, nil); err != nil {
+	var prepared preparedMsg
+	if err := m.peer.await(ctx, ctlPrepared, &prepared); err != nil {
 		return err
+	}
+	if err := m.job.Guest.Prepared(prepared.Answer); err != nil {
+		return fmt.Errorf("prepare: %w", err)
 	}
 	m.streams, err = openStreams(ctx, m.job.Dial, preamble{id: id}, m.opts.Streams, m.mem, m.opts.Bandwidth)
 	if err != nil {

@@ -169,7 +169,9 @@ type fakeGuest struct {
 	name string
 }
 
-func (g *fakeGuest) Name() string { return g.name }
+func (g *fakeGuest) Name() string          { return g.name }
+func (g *fakeGuest) Prepared([]byte) error { return nil }
+
 func (g *fakeGuest) UUID() string { return "uuid-" + g.name }
 func (g *fakeGuest) Close() error { return nil }
 func (g *fakeGuest) Movable(ctx context.Context) error {
@@ -206,6 +208,8 @@ type fakeShell struct {
 	name string
 	lost chan struct{}
 }
+
+func (s *fakeShell) Answer() []byte { return nil }
 
 func (s *fakeShell) Memory() []migrate.Memory                   { return nil }
 func (s *fakeShell) LoadState(context.Context, io.Reader) error { return nil }

@@ -27,8 +27,8 @@ type connection struct {
 	uri *url.URL
 
 	mu      sync.Mutex
-	current *lv.Libvirt // nil while there is none
-	cause   error       // why
+	current *link // nil while there is none
+	cause   error // why
 	changed chan struct{}
 }
 
@@ -40,7 +40,7 @@ func newConnection(text string) (*connection, error) {
 	return &connection{uri: uri, cause: errors.New("not yet tried"), changed: make(chan struct{})}, nil
 }
 
-func (c *connection) set(l *lv.Libvirt, cause error) {
+func (c *connection) set(l *link, cause error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.current, c.cause = l, cause
@@ -49,7 +49,7 @@ func (c *connection) set(l *lv.Libvirt, cause error) {
 }
 
 // get is the connection there is.
-func (c *connection) get() (*lv.Libvirt, error) {
+func (c *connection) get() (*link, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.current == nil {
@@ -65,7 +65,7 @@ func (c *connection) alive() bool {
 }
 
 // await is the connection as soon as there is one.
-func (c *connection) await(ctx context.Context) (*lv.Libvirt, error) {
+func (c *connection) await(ctx context.Context) (*link, error) {
 	for {
 		c.mu.Lock()
 		l, changed := c.current, c.changed
@@ -85,11 +85,12 @@ func (c *connection) await(ctx context.Context) (*lv.Libvirt, error) {
 // keep connects, calls up, and does so again whenever the connection is lost,
 // after which it calls down; until ctx ends. Up fails if the connection is of no
 // use.
-func (c *connection) keep(ctx context.Context, up func(*lv.Libvirt) error, down func(error)) {
+func (c *connection) keep(ctx context.Context, up func(*link) error, down func(error)) {
 	pause := reconnectFirst
 	for ctx.Err() == nil {
-		l, err := lv.ConnectToURI(c.uri)
+		made, err := lv.ConnectToURI(c.uri)
 		if err == nil {
+			l := &link{Libvirt: made, subs: make(map[string]bool)}
 			if err = up(l); err == nil {
 				c.set(l, nil)
 				pause = reconnectFirst
@@ -99,8 +100,7 @@ func (c *connection) keep(ctx context.Context, up func(*lv.Libvirt) error, down 
 				}
 				err = errors.New("the connection was lost")
 			}
-			// It may be broken already; nothing more can be done with it.
-			_ = l.Disconnect()
+			l.end()
 		}
 		c.set(nil, err)
 		down(err)
@@ -114,9 +114,27 @@ func (c *connection) keep(ctx context.Context, up func(*lv.Libvirt) error, down 
 	}
 }
 
+// endTimeout is how long libvirtd may take to say goodbye.
+const endTimeout = 2 * time.Second
+
+// end closes a connection, which may be broken, or libvirtd hang.
+func (k *link) end() {
+	over := make(chan struct{})
+	go func() {
+		defer close(over)
+		_ = k.Disconnect() // nothing more can be done with it
+	}()
+	timer := time.NewTimer(endTimeout)
+	defer timer.Stop()
+	select {
+	case <-over:
+	case <-timer.C:
+	}
+}
+
 // call makes a request of libvirtd. When ctx ends it returns without the answer:
 // the request may still be carried out.
-func call[T any](ctx context.Context, l *lv.Libvirt, request func(*lv.Libvirt) (T, error)) (T, error) {
+func call[T any](ctx context.Context, l *link, request func(*link) (T, error)) (T, error) {
 	type answer struct {
 		value T
 		err   error
@@ -144,8 +162,8 @@ func call[T any](ctx context.Context, l *lv.Libvirt, request func(*lv.Libvirt) (
 }
 
 // do is call for a request without an answer of its own.
-func do(ctx context.Context, l *lv.Libvirt, request func(*lv.Libvirt) error) error {
-	_, err := call(ctx, l, func(l *lv.Libvirt) (struct{}, error) { return struct{}{}, request(l) })
+func do(ctx context.Context, l *link, request func(*link) error) error {
+	_, err := call(ctx, l, func(l *link) (struct{}, error) { return struct{}{}, request(l) })
 	return err
 }
 

@@ -41,6 +41,7 @@ type domain struct {
 	suspended bool
 	incoming  bool
 	shell     *Shell // our own, while it is one
+	listener  *queue[happening]
 	learners  *nics.Learners
 	brought   map[string]cardFacts // what the host it came from knew of its cards
 }

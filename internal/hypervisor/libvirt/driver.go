@@ -105,7 +105,7 @@ func (d *Driver) Adopt(ctx context.Context) error {
 		}
 	}
 	d.wg.Go(func() {
-		d.conn.keep(d.ctx, func(l *lv.Libvirt) error {
+		d.conn.keep(d.ctx, func(l *link) error {
 			err := d.meet(l)
 			once(err)
 			return err

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	lv "github.com/digitalocean/go-libvirt"
 	"libvirt.org/go/libvirtxml"
@@ -40,6 +41,9 @@ func (d *Driver) prepare(ctx context.Context, in migrate.Offer) (*Shell, error) 
 	if err != nil {
 		return nil, fmt.Errorf("prepare guest %s: %w", x.Name, err)
 	}
+	if err := d.makeRoom(ctx, x.Name, x.UUID); err != nil {
+		return nil, fmt.Errorf("prepare guest %s: %w", x.Name, err)
+	}
 	reasons, err := d.examine(ctx, l, o, x)
 	if err != nil {
 		return nil, fmt.Errorf("prepare guest %s: %w", x.Name, err)
@@ -52,6 +56,25 @@ func (d *Driver) prepare(ctx context.Context, in migrate.Offer) (*Shell, error) 
 		return nil, fmt.Errorf("prepare guest %s: %w", x.Name, err)
 	}
 	return s, nil
+}
+
+// roomTimeout is how long an earlier shell of the same guest may take to go:
+// libvirt takes a second or two to end a QEMU.
+const roomTimeout = 10 * time.Second
+
+// makeRoom waits until the shell of an earlier migration of the guest is gone.
+func (d *Driver) makeRoom(ctx context.Context, name, id string) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, roomTimeout, errors.New("what an earlier migration left here is not gone yet; try again"))
+	defer cancel()
+	for {
+		g, err := d.lookup(name)
+		if err != nil || g.uuid != id || g.info().State != hypervisor.StateIncoming {
+			return nil
+		}
+		if err := pause(ctx); err != nil {
+			return err
+		}
+	}
 }
 
 // expect notes a domain that is on its way here.
@@ -71,7 +94,7 @@ func (d *Driver) expect(o *offer, x *libvirtxml.Domain) (*domain, func(), error)
 	return g, done, nil
 }
 
-func (d *Driver) buildShell(ctx context.Context, l *lv.Libvirt, o *offer, x *libvirtxml.Domain, blocks []migrate.BlockInfo) (_ *Shell, err error) {
+func (d *Driver) buildShell(ctx context.Context, l *link, o *offer, x *libvirtxml.Domain, blocks []migrate.BlockInfo) (_ *Shell, err error) {
 	g, done, err := d.expect(o, x)
 	if err != nil {
 		return nil, err
@@ -104,9 +127,9 @@ func (d *Driver) buildShell(ctx context.Context, l *lv.Libvirt, o *offer, x *lib
 	}
 	// Only now is there anything to end.
 	s.prepared = true
-	err = do(ctx, l, func(l *lv.Libvirt) error {
-		_, _, err := l.DomainMigratePrepare3Params(parameters, o.Cookie, uint32(migrateFlags))
-		return err
+	s.cookie, err = call(ctx, l, func(l *link) ([]byte, error) {
+		cookie, _, err := l.DomainMigratePrepare3Params(parameters, o.Cookie, uint32(migrateFlags))
+		return cookie, err
 	})
 	if err != nil {
 		return nil, fmt.Errorf("libvirt cannot take it: %w", err)

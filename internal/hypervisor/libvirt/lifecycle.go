@@ -33,7 +33,7 @@ func (d *Driver) Define(text []byte) (hypervisor.Info, error) {
 			return hypervisor.Info{}, fmt.Errorf("define guest %s: %w", name, hypervisor.ErrExists)
 		}
 	}
-	dom, err := call(ctx, l, func(l *lv.Libvirt) (lv.Domain, error) { return l.DomainDefineXML(string(text)) })
+	dom, err := call(ctx, l, func(l *link) (lv.Domain, error) { return l.DomainDefineXML(string(text)) })
 	if err != nil {
 		return hypervisor.Info{}, fmt.Errorf("define guest %s: %w", name, err)
 	}
@@ -94,8 +94,8 @@ func (g *domain) expected() (string, bool) {
 }
 
 // inactiveXML is the domain's XML for its next start, with its secrets.
-func (g *domain) inactiveXML(ctx context.Context, l *lv.Libvirt) (string, error) {
-	text, err := call(ctx, l, func(l *lv.Libvirt) (string, error) {
+func (g *domain) inactiveXML(ctx context.Context, l *link) (string, error) {
+	text, err := call(ctx, l, func(l *link) (string, error) {
 		return l.DomainGetXMLDesc(g.ref(), lv.DomainXMLInactive|lv.DomainXMLSecure)
 	})
 	if err != nil {
@@ -105,7 +105,7 @@ func (g *domain) inactiveXML(ctx context.Context, l *lv.Libvirt) (string, error)
 }
 
 // reach finds a domain, and libvirtd.
-func (d *Driver) reach(name string) (*lv.Libvirt, *domain, error) {
+func (d *Driver) reach(name string) (*link, *domain, error) {
 	g, err := d.lookup(name)
 	if err != nil {
 		return nil, nil, err
@@ -118,7 +118,7 @@ func (d *Driver) reach(name string) (*lv.Libvirt, *domain, error) {
 }
 
 // operate has libvirtd do something to a domain, and looks what came of it.
-func (d *Driver) operate(ctx context.Context, name, operation string, request func(*lv.Libvirt, *domain) error, allowed ...hypervisor.State) error {
+func (d *Driver) operate(ctx context.Context, name, operation string, request func(*link, *domain) error, allowed ...hypervisor.State) error {
 	l, g, err := d.reach(name)
 	if err != nil {
 		return err
@@ -130,7 +130,7 @@ func (d *Driver) operate(ctx context.Context, name, operation string, request fu
 	defer done()
 	ctx, cancel := context.WithTimeout(ctx, commandTimeout)
 	defer cancel()
-	err = do(ctx, l, func(l *lv.Libvirt) error { return request(l, g) })
+	err = do(ctx, l, func(l *link) error { return request(l, g) })
 	if err != nil {
 		err = fmt.Errorf("%s guest %s: %w", operation, name, err)
 	}
@@ -139,19 +139,19 @@ func (d *Driver) operate(ctx context.Context, name, operation string, request fu
 
 // Undefine forgets a domain that does not run. Its disks and its NVRAM stay.
 func (d *Driver) Undefine(name string) error {
-	return d.operate(d.ctx, name, "undefine", func(l *lv.Libvirt, g *domain) error {
+	return d.operate(d.ctx, name, "undefine", func(l *link, g *domain) error {
 		return l.DomainUndefineFlags(g.ref(), lv.DomainUndefineKeepNvram)
 	}, hypervisor.StateStopped)
 }
 
 // Start starts a defined domain.
 func (d *Driver) Start(ctx context.Context, name string) error {
-	return d.operate(ctx, name, "start", func(l *lv.Libvirt, g *domain) error { return l.DomainCreate(g.ref()) }, hypervisor.StateStopped)
+	return d.operate(ctx, name, "start", func(l *link, g *domain) error { return l.DomainCreate(g.ref()) }, hypervisor.StateStopped)
 }
 
 // Destroy ends a domain at once.
 func (d *Driver) Destroy(ctx context.Context, name string) error {
-	return d.operate(ctx, name, "destroy", func(l *lv.Libvirt, g *domain) error { return l.DomainDestroy(g.ref()) },
+	return d.operate(ctx, name, "destroy", func(l *link, g *domain) error { return l.DomainDestroy(g.ref()) },
 		hypervisor.StateRunning, hypervisor.StatePaused, hypervisor.StateStopping, hypervisor.StateStarting)
 }
 
@@ -174,10 +174,10 @@ func (d *Driver) Stop(ctx context.Context, name string, timeout time.Duration) e
 	return nil
 }
 
-func (g *domain) powerDown(ctx context.Context, l *lv.Libvirt) error {
+func (g *domain) powerDown(ctx context.Context, l *link) error {
 	seen := g.d.watchers.Watch(ctx, g.d.List)
 	g.intend(hypervisor.EndStopped)
-	if err := do(ctx, l, func(l *lv.Libvirt) error { return l.DomainShutdown(g.ref()) }); err != nil {
+	if err := do(ctx, l, func(l *link) error { return l.DomainShutdown(g.ref()) }); err != nil {
 		g.intend("")
 		return err
 	}

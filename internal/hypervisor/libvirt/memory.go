@@ -10,7 +10,6 @@ import (
 	"slices"
 	"strings"
 
-	lv "github.com/digitalocean/go-libvirt"
 	"golang.org/x/sys/unix"
 
 	"github.com/lmctl/lmctl/internal/sys"
@@ -188,6 +187,6 @@ func closeBlocks(blocks []migrate.Memory) error {
 }
 
 // drain waits until the block I/O that is in flight has landed.
-func (g *domain) drain(ctx context.Context, l *lv.Libvirt) error {
+func (g *domain) drain(ctx context.Context, l *link) error {
 	return g.monitor(ctx, l, "transaction", object{"actions": []any{}}, nil)
 }

@@ -5,8 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-
-	lv "github.com/digitalocean/go-libvirt"
 )
 
 // object is a JSON object.
@@ -18,7 +16,7 @@ var errMonitor = errors.New("QEMU refused")
 // monitor sends QEMU a command through libvirt, which taints the domain with
 // custom-monitor. While libvirt has a job of its own on the domain that waits
 // for the job.
-func (g *domain) monitor(ctx context.Context, l *lv.Libvirt, command string, arguments object, answer any) error {
+func (g *domain) monitor(ctx context.Context, l *link, command string, arguments object, answer any) error {
 	request := object{"execute": command}
 	if arguments != nil {
 		request["arguments"] = arguments
@@ -27,7 +25,7 @@ func (g *domain) monitor(ctx context.Context, l *lv.Libvirt, command string, arg
 	if err != nil {
 		return fmt.Errorf("QMP %s: %w", command, err)
 	}
-	said, err := call(ctx, l, func(l *lv.Libvirt) (string, error) {
+	said, err := call(ctx, l, func(l *link) (string, error) {
 		return l.QEMUDomainMonitorCommand(g.ref(), string(text), 0)
 	})
 	if err != nil {
@@ -59,14 +57,14 @@ func (g *domain) monitor(ctx context.Context, l *lv.Libvirt, command string, arg
 const ignoreShared = "x-ignore-shared"
 
 // setIgnoreShared switches the capability.
-func (g *domain) setIgnoreShared(ctx context.Context, l *lv.Libvirt, on bool) error {
+func (g *domain) setIgnoreShared(ctx context.Context, l *link, on bool) error {
 	return g.monitor(ctx, l, "migrate-set-capabilities", object{
 		"capabilities": []object{{"capability": ignoreShared, "state": on}},
 	}, nil)
 }
 
 // ignoresShared says whether it is on.
-func (g *domain) ignoresShared(ctx context.Context, l *lv.Libvirt) (bool, error) {
+func (g *domain) ignoresShared(ctx context.Context, l *link) (bool, error) {
 	var all []struct {
 		Capability string `json:"capability"`
 		State      bool   `json:"state"`

@@ -51,7 +51,7 @@ func (s *Guest) Definition(ctx context.Context) ([]byte, error) {
 	return json.Marshal(o)
 }
 
-func (s *Guest) offer(ctx context.Context, l *lv.Libvirt) (*offer, error) {
+func (s *Guest) offer(ctx context.Context, l *link) (*offer, error) {
 	var err error
 	if s.like, err = s.g.likeness(ctx, l); err != nil {
 		return nil, err
@@ -60,14 +60,14 @@ func (s *Guest) offer(ctx context.Context, l *lv.Libvirt) (*offer, error) {
 		cookie []byte
 		xml    string
 	}
-	b, err := call(ctx, l, func(l *lv.Libvirt) (begun, error) {
+	b, err := call(ctx, l, func(l *link) (begun, error) {
 		cookie, xml, err := l.DomainMigrateBegin3Params(s.g.ref(), nil, uint32(migrateFlags))
 		return begun{cookie, xml}, err
 	})
 	if err != nil {
 		return nil, fmt.Errorf("libvirt cannot migrate it: %w", err)
 	}
-	s.xml, s.cookie = b.xml, b.cookie
+	s.xml = b.xml
 	o := &offer{Version: offerVersion, Hypervisor: "libvirt", XML: b.xml, Cookie: b.cookie, PageSize: os.Getpagesize(), Cards: map[string]cardFacts{}}
 	if o.Persistent, o.Autostart, err = s.g.persistence(ctx, l); err != nil {
 		return nil, err
@@ -91,7 +91,7 @@ func (s *Guest) offer(ctx context.Context, l *lv.Libvirt) (*offer, error) {
 
 // persistence is the definition that is to go with the domain, empty if it has
 // none, and whether it starts with its host.
-func (g *domain) persistence(ctx context.Context, l *lv.Libvirt) (xml string, autostart bool, err error) {
+func (g *domain) persistence(ctx context.Context, l *link) (xml string, autostart bool, err error) {
 	persistent, err := l.DomainIsPersistent(g.ref())
 	if err != nil || persistent == 0 {
 		return "", false, err
@@ -108,8 +108,8 @@ var balloon = regexp.MustCompile(`<currentMemory[^>]*>[^<]*</currentMemory>`)
 
 // likeness is the domain's XML as another libvirt would get it, by which a
 // change is noticed that another hand made.
-func (g *domain) likeness(ctx context.Context, l *lv.Libvirt) (string, error) {
-	text, err := call(ctx, l, func(l *lv.Libvirt) (string, error) {
+func (g *domain) likeness(ctx context.Context, l *link) (string, error) {
+	text, err := call(ctx, l, func(l *link) (string, error) {
 		return l.DomainGetXMLDesc(g.ref(), lv.DomainXMLMigratable)
 	})
 	if err != nil {

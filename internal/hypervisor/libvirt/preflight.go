@@ -53,7 +53,7 @@ func (s *Guest) memoryReasons() []string {
 }
 
 // libvirtReasons says what libvirt or QEMU have against it.
-func (g *domain) libvirtReasons(ctx context.Context, l *lv.Libvirt) ([]string, error) {
+func (g *domain) libvirtReasons(ctx context.Context, l *link) ([]string, error) {
 	var reasons []string
 	if n, err := l.DomainSnapshotNum(g.ref(), 0); err != nil {
 		return nil, err
@@ -184,7 +184,7 @@ func pathOf(d *libvirtxml.DomainDisk) string {
 }
 
 // examine compares this host with what a domain needs.
-func (d *Driver) examine(ctx context.Context, l *lv.Libvirt, o *offer, x *libvirtxml.Domain) ([]string, error) {
+func (d *Driver) examine(ctx context.Context, l *link, o *offer, x *libvirtxml.Domain) ([]string, error) {
 	var reasons []string
 	here, err := gatherFiles(x)
 	if err != nil {
@@ -236,8 +236,8 @@ func bridgeReasons(x *libvirtxml.Domain) []string {
 }
 
 // nameReasons says what has the domain's name or UUID here.
-func (d *Driver) nameReasons(ctx context.Context, l *lv.Libvirt, x *libvirtxml.Domain) ([]string, error) {
-	doms, err := call(ctx, l, func(l *lv.Libvirt) ([]lv.Domain, error) {
+func (d *Driver) nameReasons(ctx context.Context, l *link, x *libvirtxml.Domain) ([]string, error) {
+	doms, err := call(ctx, l, func(l *link) ([]lv.Domain, error) {
 		doms, _, err := l.ConnectListAllDomains(1, 0)
 		return doms, err
 	})

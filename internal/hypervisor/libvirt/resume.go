@@ -69,11 +69,12 @@ func (s *Guest) breakOff(ctx context.Context) error {
 	if err := p.end(ctx); err != nil {
 		return err
 	}
+	s.g.listen(nil)
 	s.suspension = nil
 	if p.err != nil {
 		return nil
 	}
-	err := do(ctx, p.l, func(l *lv.Libvirt) error {
+	err := do(ctx, p.l, func(l *link) error {
 		return l.DomainMigrateConfirm3Params(s.g.ref(), nil, nil, uint32(migrateFlags), 1)
 	})
 	if errors.Is(err, errDisconnected) {
@@ -87,11 +88,6 @@ func (p *suspension) end(ctx context.Context) error {
 	if err := p.stream.close(); err != nil {
 		return err
 	}
-	p.stop()
-	go func() { // what is still sent must not hold up the connection
-		for range p.events {
-		}
-	}()
 	for _, over := range []<-chan struct{}{p.stream.done, p.performed} {
 		select {
 		case <-over:
@@ -103,7 +99,7 @@ func (p *suspension) end(ctx context.Context) error {
 }
 
 // revive waits until the domain runs, and has it run if libvirt does not.
-func (g *domain) revive(ctx context.Context, l *lv.Libvirt) error {
+func (g *domain) revive(ctx context.Context, l *link) error {
 	var refused error
 	for {
 		state, _, err := l.DomainGetState(g.ref(), 0)
@@ -116,7 +112,7 @@ func (g *domain) revive(ctx context.Context, l *lv.Libvirt) error {
 		case hypervisor.StateStopped:
 			return errGuestEnded
 		case hypervisor.StatePaused:
-			if refused = do(ctx, l, func(l *lv.Libvirt) error { return l.DomainResume(g.ref()) }); refused == nil {
+			if refused = do(ctx, l, func(l *link) error { return l.DomainResume(g.ref()) }); refused == nil {
 				return nil
 			}
 		}
@@ -139,7 +135,7 @@ func pause(ctx context.Context) error {
 }
 
 // restore puts QEMU's settings back and forgets the suspension.
-func (g *domain) restore(ctx context.Context, l *lv.Libvirt) error {
+func (g *domain) restore(ctx context.Context, l *link) error {
 	var before suspensionRecord
 	err := read(g.files.suspension(), &before)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -174,9 +170,10 @@ func (s *Guest) release(ctx context.Context) error {
 		if err := p.end(ctx); err != nil {
 			return err
 		}
+		s.g.listen(nil)
 		s.suspension = nil
 		if p.err == nil {
-			err := do(ctx, p.l, func(l *lv.Libvirt) error {
+			err := do(ctx, p.l, func(l *link) error {
 				return l.DomainMigrateConfirm3Params(s.g.ref(), nil, nil, uint32(migrateFlags), 0)
 			})
 			if err != nil {
@@ -197,7 +194,7 @@ func (s *Guest) release(ctx context.Context) error {
 const keepAtSource = lv.DomainUndefineKeepNvram | lv.DomainUndefineManagedSave | lv.DomainUndefineSnapshotsMetadata | lv.DomainUndefineCheckpointsMetadata
 
 // removeCopy ends a domain that runs elsewhere and forgets it.
-func (g *domain) removeCopy(ctx context.Context, l *lv.Libvirt) error {
+func (g *domain) removeCopy(ctx context.Context, l *link) error {
 	for {
 		state, _, err := l.DomainGetState(g.ref(), 0)
 		if isCode(err, lv.ErrNoDomain) {
@@ -210,13 +207,13 @@ func (g *domain) removeCopy(ctx context.Context, l *lv.Libvirt) error {
 		case hypervisor.StateRunning:
 			return errors.New("it runs here, by another hand")
 		case hypervisor.StateStopped:
-			err := do(ctx, l, func(l *lv.Libvirt) error { return l.DomainUndefineFlags(g.ref(), keepAtSource) })
+			err := do(ctx, l, func(l *link) error { return l.DomainUndefineFlags(g.ref(), keepAtSource) })
 			if err != nil && !isCode(err, lv.ErrNoDomain) {
 				return err
 			}
 			return g.vanished()
 		}
-		if err := do(ctx, l, func(l *lv.Libvirt) error { return l.DomainDestroy(g.ref()) }); err != nil && !isCode(err, lv.ErrNoDomain) {
+		if err := do(ctx, l, func(l *link) error { return l.DomainDestroy(g.ref()) }); err != nil && !isCode(err, lv.ErrNoDomain) {
 			return err
 		}
 	}

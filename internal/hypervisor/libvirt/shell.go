@@ -24,9 +24,10 @@ type Shell struct {
 	definition string // the XML by which libvirt makes it
 
 	// The following are of a shell of our own, not of an earlier agent's.
-	l        *lv.Libvirt // the connection on which it was prepared: it ends with that
+	l        *link // the connection on which it was prepared: it ends with that
 	socket   string
-	prepared bool // libvirt may have something of it
+	prepared bool   // libvirt may have something of it
+	cookie   []byte // of Prepare3, for the source's Perform3
 	memory   []migrate.Memory
 	proc     *process
 
@@ -76,6 +77,9 @@ func (g *domain) runs() bool {
 // closed.
 func (s *Shell) Memory() []migrate.Memory { return s.memory }
 
+// Answer is libvirt's cookie.
+func (s *Shell) Answer() []byte { return s.cookie }
+
 // Lost is closed when QEMU has ended.
 func (s *Shell) Lost() <-chan struct{} {
 	if s.proc == nil {
@@ -106,7 +110,7 @@ func (s *Shell) loadState(ctx context.Context, r io.Reader) error {
 	// state is.
 	finished := make(chan error, 1)
 	go func() {
-		finished <- do(ctx, s.l, func(l *lv.Libvirt) error { return s.finish(l, false) })
+		finished <- do(ctx, s.l, func(l *link) error { return s.finish(l, false) })
 	}()
 	_, copied := io.Copy(conn, r)
 	if copied == nil {
@@ -126,7 +130,7 @@ func (s *Shell) loadState(ctx context.Context, r io.Reader) error {
 }
 
 // finish ends libvirt's migration here: with the domain paused, or gone.
-func (s *Shell) finish(l *lv.Libvirt, cancel bool) error {
+func (s *Shell) finish(l *link, cancel bool) error {
 	flags, retcode := migrateFlags|lv.MigratePaused, int32(0)
 	if cancel {
 		retcode = 1
@@ -177,7 +181,7 @@ func (s *Shell) run(ctx context.Context) error {
 	if err := write(s.g.files.resumed(), true); err != nil {
 		return notStarted(err)
 	}
-	err = do(ctx, l, func(l *lv.Libvirt) error { return l.DomainResume(s.g.ref()) })
+	err = do(ctx, l, func(l *link) error { return l.DomainResume(s.g.ref()) })
 	if err == nil {
 		return nil
 	}
@@ -214,12 +218,12 @@ func (g *domain) makeOrdinary(ctx context.Context, r shellRecord) error {
 		return err
 	}
 	if r.Persistent != "" {
-		dom, err := call(ctx, l, func(l *lv.Libvirt) (lv.Domain, error) { return l.DomainDefineXML(r.Persistent) })
+		dom, err := call(ctx, l, func(l *link) (lv.Domain, error) { return l.DomainDefineXML(r.Persistent) })
 		if err != nil {
 			return err
 		}
 		if r.Autostart {
-			if err := do(ctx, l, func(l *lv.Libvirt) error { return l.DomainSetAutostart(dom, 1) }); err != nil {
+			if err := do(ctx, l, func(l *link) error { return l.DomainSetAutostart(dom, 1) }); err != nil {
 				return err
 			}
 		}
@@ -270,7 +274,7 @@ func (s *Shell) Destroy(ctx context.Context) error {
 func (s *Shell) destroy(ctx context.Context) error {
 	s.g.intend(hypervisor.EndDestroyed)
 	if s.prepared && !s.finished {
-		err := do(ctx, s.l, func(l *lv.Libvirt) error { return s.finish(l, true) })
+		err := do(ctx, s.l, func(l *link) error { return s.finish(l, true) })
 		if err != nil {
 			// Libvirt may know nothing of it, which is what is wanted; what
 			// there is, is looked for below.
@@ -295,7 +299,7 @@ func (s *Shell) destroy(ctx context.Context) error {
 		if now, _ := stateOf(lv.DomainState(state), 0); now == hypervisor.StateRunning {
 			return errRan
 		}
-		err = do(ctx, l, func(l *lv.Libvirt) error { return l.DomainDestroy(s.g.ref()) })
+		err = do(ctx, l, func(l *link) error { return l.DomainDestroy(s.g.ref()) })
 		if err == nil || isCode(err, lv.ErrNoDomain) {
 			continue
 		}

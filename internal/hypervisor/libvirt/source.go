@@ -34,7 +34,7 @@ type Guest struct {
 
 	// From Definition on.
 	xml    string // by which the destination makes it
-	cookie []byte
+	cookie []byte // of the destination's libvirt, from Prepared on
 	like   string // its XML at that time, with what may change left out
 
 	// From Suspend to Resume or Release.
@@ -94,6 +94,12 @@ func (s *Guest) Name() string { return s.g.name }
 
 // UUID identifies the guest.
 func (s *Guest) UUID() string { return s.g.uuid }
+
+// Prepared is told libvirt's cookie of Prepare3.
+func (s *Guest) Prepared(answer []byte) error {
+	s.cookie = answer
+	return nil
+}
 
 // Process is QEMU. The descriptor is valid until Close.
 func (s *Guest) Process() migrate.Process {

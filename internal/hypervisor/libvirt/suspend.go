@@ -2,7 +2,6 @@ package libvirt
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -10,18 +9,18 @@ import (
 
 	lv "github.com/digitalocean/go-libvirt"
 
+	"github.com/lmctl/lmctl/internal/hypervisor"
 	"github.com/lmctl/lmctl/internal/hypervisor/nics"
 )
 
 // suspension is a domain's migration as QEMU and libvirt see it: from the call
 // Perform3 on.
 type suspension struct {
-	l         *lv.Libvirt // the connection on which it was called, and is to be confirmed
+	l         *link // the connection on which it was called, and is to be confirmed
 	stream    *stateStream
-	events    <-chan lv.DomainEvent
-	stop      context.CancelFunc // of the events
-	performed chan struct{}      // closed when Perform3 has returned
-	err       error              // of Perform3, valid then
+	heard     *queue[happening]
+	performed chan struct{} // closed when Perform3 has returned
+	err       error         // of Perform3, valid then
 }
 
 var (
@@ -44,17 +43,15 @@ func (s *Guest) suspend(ctx context.Context, w io.Writer) (time.Time, error) {
 	if s.suspension != nil {
 		return time.Time{}, errSuspended
 	}
-	if s.xml == "" {
-		if _, err := s.Definition(ctx); err != nil {
-			return time.Time{}, err
-		}
-	}
 	l, err := s.g.d.conn.get()
 	if err != nil {
 		return time.Time{}, err
 	}
-	if now, err := s.g.likeness(ctx, l); err != nil || now != s.like {
-		return time.Time{}, errors.Join(err, errChanged)
+	if s.cookie == nil {
+		return s.standStill(ctx, l)
+	}
+	if err := s.unchanged(ctx, l); err != nil {
+		return time.Time{}, err
 	}
 	before, err := s.g.ignoresShared(ctx, l)
 	if err != nil {
@@ -64,6 +61,9 @@ func (s *Guest) suspend(ctx context.Context, w io.Writer) (time.Time, error) {
 		return time.Time{}, err
 	}
 	s.g.tell(func() { s.g.suspended = true })
+	if err := l.follow(s.g); err != nil {
+		return time.Time{}, err
+	}
 	if err := s.g.setIgnoreShared(ctx, l, true); err != nil {
 		return time.Time{}, err
 	}
@@ -74,8 +74,38 @@ func (s *Guest) suspend(ctx context.Context, w io.Writer) (time.Time, error) {
 	return s.awaitStop(ctx)
 }
 
+// unchanged makes sure that the domain is as it was offered, and runs.
+func (s *Guest) unchanged(ctx context.Context, l *link) error {
+	now, err := s.g.likeness(ctx, l)
+	if err != nil {
+		return err
+	}
+	if now != s.like {
+		return errChanged
+	}
+	state, _, err := l.DomainGetState(s.g.ref(), 0)
+	if err != nil {
+		return err
+	}
+	if st, word := stateOf(lv.DomainState(state), 0); st != hypervisor.StateRunning {
+		return fmt.Errorf("%w (%s)", errGuestEnded, word)
+	}
+	return nil
+}
+
+// standStill stops a domain that goes nowhere: another host has the better right
+// to it.
+func (s *Guest) standStill(ctx context.Context, l *link) (time.Time, error) {
+	if err := write(s.g.files.suspension(), suspensionRecord{Name: s.g.name, UUID: s.g.uuid}); err != nil {
+		return time.Time{}, err
+	}
+	s.g.tell(func() { s.g.suspended = true })
+	err := do(ctx, l, func(l *link) error { return l.DomainSuspend(s.g.ref()) })
+	return time.Now(), err
+}
+
 // perform begins the call Perform3.
-func (s *Guest) perform(l *lv.Libvirt, w io.Writer) error {
+func (s *Guest) perform(l *link, w io.Writer) error {
 	dir, err := s.g.files.streamFolder(s.proc.uid, s.proc.gid)
 	if err != nil {
 		return err
@@ -84,14 +114,9 @@ func (s *Guest) perform(l *lv.Libvirt, w io.Writer) error {
 	if err != nil {
 		return err
 	}
-	ctx, stop := context.WithCancel(s.g.d.ctx)
-	events, err := l.SubscribeQEMUEvents(ctx, s.g.name)
-	if err != nil {
-		stop()
-		return errors.Join(fmt.Errorf("subscribe to QEMU's events: %w", err), stream.close())
-	}
-	p := &suspension{l: l, stream: stream, events: events, stop: stop, performed: make(chan struct{})}
+	p := &suspension{l: l, stream: stream, heard: newQueue[happening](), performed: make(chan struct{})}
 	s.suspension = p
+	s.g.listen(p.heard)
 	parameters := []lv.TypedParam{
 		text("destination_name", s.g.name), text("destination_xml", s.xml),
 		text("migrate_uri", "unix://"+outgoingSocket(dir)),
@@ -123,25 +148,22 @@ func (s *Guest) awaitStop(ctx context.Context) (time.Time, error) {
 	defer hurry.Stop()
 	performed, streamed := p.performed, p.stream.done
 	for {
-		select {
-		case e, ok := <-p.events:
-			if !ok {
-				return time.Time{}, errDisconnected
-			}
-			switch status(e) {
-			case "STOP":
-				if stopped.IsZero() {
-					stopped = time.Now()
-					s.caught.Stopped(sent(e))
-				}
-			case "pre-switchover", "device":
-				if stopped.IsZero() {
-					return time.Time{}, errGuestEnded // it stood still before
-				}
+		for h, ok, _ := p.heard.take(); ok; h, ok, _ = p.heard.take() {
+			switch h.what {
+			case suspendedEvent:
+				stopped = earlier(stopped, h.at)
+			case "pre-switchover", "device", "completed":
+				// Libvirt's word of the stop may come after QEMU's of what
+				// follows it.
+				stopped = earlier(stopped, h.at)
+				s.caught.Stopped(stopped)
 				return stopped, nil
 			case "failed", "cancelled":
 				return time.Time{}, s.failure(ctx)
 			}
+		}
+		select {
+		case <-p.heard.wake:
 		case <-performed:
 			if p.err != nil {
 				return time.Time{}, s.failure(ctx)
@@ -162,23 +184,12 @@ func (s *Guest) awaitStop(ctx context.Context) (time.Time, error) {
 	}
 }
 
-// status is what an event of QEMU says: its name, or the state of a migration.
-func status(e lv.DomainEvent) string {
-	if e.Event != "MIGRATION" {
-		return e.Event
+// earlier is the first of two times, of which the zero time is none.
+func earlier(a, b time.Time) time.Time {
+	if a.IsZero() || b.Before(a) {
+		return b
 	}
-	var details struct {
-		Status string `json:"status"`
-	}
-	if json.Unmarshal(e.Details, &details) != nil {
-		return ""
-	}
-	return details.Status
-}
-
-// sent is when QEMU sent an event.
-func sent(e lv.DomainEvent) time.Time {
-	return time.Unix(int64(e.Seconds), int64(e.Microseconds)*int64(time.Microsecond))
+	return a
 }
 
 // failure is why libvirt's migration has failed, which its call says.
@@ -221,14 +232,13 @@ func (s *Guest) saveState(ctx context.Context) error {
 		return errors.New("it was not suspended")
 	}
 	for {
-		select {
-		case e, ok := <-p.events:
-			if !ok {
-				return errDisconnected
-			}
-			if st := status(e); st == "failed" || st == "cancelled" || st == "cancelling" {
+		for h, ok, _ := p.heard.take(); ok; h, ok, _ = p.heard.take() {
+			if h.what == "failed" || h.what == "cancelled" || h.what == "cancelling" {
 				return s.failure(ctx)
 			}
+		}
+		select {
+		case <-p.heard.wake:
 		case <-p.stream.done:
 			// QEMU closes its end when it has completed, or has failed: what
 			// its destination makes of the state tells which.

@@ -6,20 +6,19 @@ import (
 	"strconv"
 	"strings"
 
-	lv "github.com/digitalocean/go-libvirt"
 	"libvirt.org/go/libvirtxml"
 )
 
 // userOf is the user and group that libvirt would run a domain's QEMU as: those
 // of its own label, or of libvirtd's configuration. Where libvirtd does not
 // separate domains by user, that is root.
-func userOf(ctx context.Context, l *lv.Libvirt, x *libvirtxml.Domain) (uid, gid int, err error) {
+func userOf(ctx context.Context, l *link, x *libvirtxml.Domain) (uid, gid int, err error) {
 	for i := range x.SecLabel {
 		if s := &x.SecLabel[i]; s.Model == "dac" && s.Label != "" {
 			return parseUser(s.Label)
 		}
 	}
-	text, err := call(ctx, l, func(l *lv.Libvirt) (string, error) { return l.ConnectGetCapabilities() })
+	text, err := call(ctx, l, func(l *link) (string, error) { return l.ConnectGetCapabilities() })
 	if err != nil {
 		return 0, 0, err
 	}

@@ -18,20 +18,28 @@ const lookTimeout = 30 * time.Second
 
 // meet finds the domains of a libvirtd that was just connected to, and follows
 // what becomes of them.
-func (d *Driver) meet(l *lv.Libvirt) error {
-	events, err := l.LifecycleEvents(d.ctx)
+func (d *Driver) meet(l *link) error {
+	events, err := l.LifecycleEvents(context.Background())
 	if err != nil {
 		return fmt.Errorf("subscribe to its events: %w", err)
 	}
 	// The events are taken from now on and acted on after the list.
 	listed := make(chan struct{})
+	defer close(listed)
+	todo := newQueue[lv.DomainEventLifecycleMsg]()
 	d.wg.Go(func() {
-		<-listed
+		defer todo.close()
 		for e := range events {
-			d.happened(l, e)
+			if lv.DomainEventType(e.Event) == lv.DomainEventSuspended {
+				d.hear(e.Dom.Name, happening{what: suspendedEvent, at: time.Now()})
+			}
+			todo.put(e)
 		}
 	})
-	defer close(listed)
+	d.wg.Go(func() {
+		<-listed
+		todo.all(d.ctx, func(e lv.DomainEventLifecycleMsg) { d.happened(l, e) })
+	})
 	doms, _, err := l.ConnectListAllDomains(1, 0)
 	if err != nil {
 		return fmt.Errorf("list its domains: %w", err)
@@ -59,7 +67,7 @@ func (d *Driver) meet(l *lv.Libvirt) error {
 
 // warm has libvirtd find out what its QEMU can do: it takes seconds the first
 // time, which would be a migration's.
-func (d *Driver) warm(l *lv.Libvirt) {
+func (d *Driver) warm(l *link) {
 	if _, err := l.ConnectGetDomainCapabilities(nil, nil, nil, nil, 0); err != nil {
 		d.log.Debug("libvirt's capabilities", "error", err)
 	}
@@ -83,7 +91,7 @@ func (d *Driver) part(cause error) {
 }
 
 // happened acts on a lifecycle event.
-func (d *Driver) happened(l *lv.Libvirt, e lv.DomainEventLifecycleMsg) {
+func (d *Driver) happened(l *link, e lv.DomainEventLifecycleMsg) {
 	g := d.of(e.Dom)
 	if lv.DomainEventType(e.Event) == lv.DomainEventStopped {
 		g.stopped(lv.DomainEventStoppedDetailType(e.Detail))
@@ -156,17 +164,22 @@ func exitOf(p *process) (cause hypervisor.EndCause, signal, status int) {
 }
 
 // look brings what the driver knows of a domain up to what libvirt says.
-func (g *domain) look(ctx context.Context, l *lv.Libvirt) error {
+func (g *domain) look(ctx context.Context, l *link) error {
 	g.looking.Lock()
 	defer g.looking.Unlock()
-	dom, err := call(ctx, l, func(l *lv.Libvirt) (lv.Domain, error) { return l.DomainLookupByUUID(g.ref().UUID) })
-	if isCode(err, lv.ErrNoDomain) {
+	err := g.ask(ctx, l)
+	if isCode(err, lv.ErrNoDomain) { // at whichever question
 		return g.vanished()
 	}
+	return err
+}
+
+func (g *domain) ask(ctx context.Context, l *link) error {
+	dom, err := call(ctx, l, func(l *link) (lv.Domain, error) { return l.DomainLookupByUUID(g.ref().UUID) })
 	if err != nil {
 		return err
 	}
-	text, err := call(ctx, l, func(l *lv.Libvirt) (string, error) { return l.DomainGetXMLDesc(dom, 0) })
+	text, err := call(ctx, l, func(l *link) (string, error) { return l.DomainGetXMLDesc(dom, 0) })
 	if err != nil {
 		return err
 	}

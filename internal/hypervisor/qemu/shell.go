@@ -204,6 +204,9 @@ func (s *Shell) Memory() []migrate.Memory {
 	return []migrate.Memory{{Name: memoryBackend, File: s.file, Size: int64(s.v.def.Memory)}}
 }
 
+// Answer is nothing: a QEMU that waits has nothing to say.
+func (s *Shell) Answer() []byte { return nil }
+
 // Lost is closed when QEMU has ended.
 func (s *Shell) Lost() <-chan struct{} { return s.lost }
 

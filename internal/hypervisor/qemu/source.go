@@ -90,6 +90,9 @@ func (g *Guest) Name() string { return g.v.def.Name }
 // UUID identifies the guest.
 func (g *Guest) UUID() string { return g.v.def.UUID }
 
+// Prepared is told nothing: a QEMU that waits has nothing to say.
+func (g *Guest) Prepared([]byte) error { return nil }
+
 // Process is QEMU. The descriptor is valid until Close.
 func (g *Guest) Process() migrate.Process {
 	return migrate.Process{PID: g.inst.proc.id.PID, PIDFD: g.pidfd}

@@ -16,7 +16,7 @@ const (
 	cmdPing           = 2 // be32 value
 
 	msgShut = 1 // be32 error: the destination has all it wants
-	msgPong = 3 // be32 value of the ping
+	msgPong = 2 // be32 value of the ping
 )
 
 // Marks at the end of a stream.

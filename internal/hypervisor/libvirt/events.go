@@ -1,0 +1,90 @@
+package libvirt
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"sync"
+	"time"
+
+	lv "github.com/digitalocean/go-libvirt"
+)
+
+// link is one connection with the events that come over it. A subscription lasts
+// as long as the connection: to end one earlier can block go-libvirt for good,
+// when an event is just on its way.
+type link struct {
+	*lv.Libvirt
+
+	mu   sync.Mutex
+	subs map[string]bool // by UUID: QEMU's events of that domain come
+}
+
+// happening is what QEMU or libvirt say of a migration of a domain under way.
+type happening struct {
+	what string    // a migration's status, or suspended
+	at   time.Time // when it was so, or when we heard
+}
+
+// suspendedEvent is libvirt's word that a domain was stopped. It is not QEMU's
+// STOP, since go-libvirt loses events without details.
+const suspendedEvent = "suspended"
+
+// follow has the domain's events come to its listener, if there is one.
+func (k *link) follow(g *domain) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.subs[g.uuid] {
+		return nil
+	}
+	events, err := k.SubscribeQEMUEvents(context.Background(), g.name)
+	if err != nil {
+		return fmt.Errorf("subscribe to QEMU's events: %w", err)
+	}
+	k.subs[g.uuid] = true
+	g.d.wg.Go(func() {
+		for e := range events {
+			if status := statusOf(e); status != "" {
+				g.d.hear(e.Domain.Name, happening{what: status, at: sentAt(e)})
+			}
+		}
+	})
+	return nil
+}
+
+// statusOf is the state of a migration that an event tells of, or nothing.
+func statusOf(e lv.DomainEvent) string {
+	var details struct {
+		Status string `json:"status"`
+	}
+	if e.Event != "MIGRATION" || json.Unmarshal(e.Details, &details) != nil {
+		return ""
+	}
+	return details.Status
+}
+
+// sentAt is when QEMU sent an event.
+func sentAt(e lv.DomainEvent) time.Time {
+	return time.Unix(int64(e.Seconds), int64(e.Microseconds)*int64(time.Microsecond))
+}
+
+// hear tells a domain's listener.
+func (d *Driver) hear(name string, h happening) {
+	g, err := d.lookup(name)
+	if err != nil {
+		return // it is gone
+	}
+	g.mu.Lock()
+	q := g.listener
+	g.mu.Unlock()
+	if q != nil {
+		q.put(h)
+	}
+}
+
+// listen has what happens go to a queue, or to nobody.
+func (g *domain) listen(q *queue[happening]) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.listener = q
+}
