@@ -1,7 +1,7 @@
 # make test is all that a fresh Debian machine with Go needs; see CONTRIBUTING.
 #
 #   build         bin/lmctl, one static binary
-#   test          everything below that judges: deps, lint, unit, e2e
+#   test          everything below that judges: deps, lint, unit, e2e, package
 #   lint          gofmt, go vet, staticcheck, shellcheck
 #   unit          all packages with the race detector, fuzz seeds included
 #   e2e           whole migrations between agents, with failpoints
@@ -43,6 +43,7 @@ TEST_LOG = dist/tests.jsonl
 FUZZTIME ?= 10s
 UNIT_TIMEOUT ?= 10m
 E2E_TIMEOUT ?= 14m
+PACKAGE_TIMEOUT ?= 5m
 E2E = ./test/e2e/...
 LIBVIRT_DEPS = libvirt-daemon-system libvirt-clients
 
@@ -68,7 +69,7 @@ init:
 # One part that fails does not keep the others from saying what they know.
 test: install-deps qemu10 init
 	@rm -f $(TEST_LOG); failed=; \
-	for part in lint unit e2e; do \
+	for part in lint unit e2e package; do \
 		$(MAKE) --no-print-directory $$part || failed="$$failed $$part"; \
 	done; \
 	$(REPORT) summary $(TEST_LOG) || failed="$$failed summary"; \
@@ -86,7 +87,7 @@ lint:
 
 unit:
 	$(REPORT) run -log $(TEST_LOG) -- -race $(if $(CI),-count=1) -timeout $(UNIT_TIMEOUT) $(AS_ROOT) \
-		$$(go list ./... | grep -v '/test/e2e')
+		$$(go list ./... | grep -v -e '/test/e2e' -e '/test/package')
 
 e2e: init
 	@if [ -d test/e2e ]; then set -x; \
@@ -132,6 +133,10 @@ deb: docs
 	rm -f dist/lmctl_*.deb
 	packaging/build-deb '$(VERSION)' dist
 
+package: deb
+	@$(SUDO) env "LMCTL_CACHE=$(LMCTL_CACHE)" scripts/debian-root
+	$(REPORT) run -log $(TEST_LOG) -- -count=1 -timeout $(PACKAGE_TIMEOUT) $(AS_ROOT) ./test/package
+
 proto:
 	@command -v protoc >/dev/null || { echo "make proto needs protoc: install protobuf-compiler" >&2; exit 1; }
 	PATH="$$(dirname "$$(go tool -modfile=tools/go.mod -n protoc-gen-go)"):$$(dirname "$$(go tool -modfile=tools/go.mod -n protoc-gen-go-grpc)"):$$PATH" \
@@ -144,7 +149,7 @@ install-libvirt-deps:
 	@scripts/install-deps $(LIBVIRT_DEPS)
 
 install-deps:
-	@scripts/install-deps gcc libc6-dev shellcheck $(LIBVIRT_DEPS) ovmf
+	@scripts/install-deps gcc libc6-dev shellcheck debootstrap man-db $(LIBVIRT_DEPS) ovmf
 
 qemu10:
 	@scripts/fetch-qemu10

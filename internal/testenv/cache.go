@@ -62,3 +62,20 @@ func probeQEMU(binary string, major int) error {
 	}
 	return nil
 }
+
+// NeedDebianRoot returns a root folder with a Debian in it, as
+// scripts/debian-root leaves it. It is not to be changed: mount something over
+// it.
+func NeedDebianRoot(t testing.TB) string {
+	t.Helper()
+	cache, err := cacheDir()
+	if err != nil {
+		Missing(t, "a Debian root", err)
+	}
+	dir := filepath.Join(cache, "debian-13")
+	// Written last.
+	if _, err := os.Stat(dir + ".made"); err != nil {
+		Missing(t, "a Debian root", fmt.Errorf("%w; scripts/debian-root puts it there", err))
+	}
+	return dir
+}

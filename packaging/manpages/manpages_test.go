@@ -12,6 +12,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/lmctl/lmctl/internal/agent"
+	"github.com/lmctl/lmctl/internal/testenv"
 )
 
 var date = time.Date(2030, 1, 2, 0, 0, 0, 0, time.UTC)
@@ -38,11 +39,7 @@ func writePages(t *testing.T) string {
 // show is a page as a reader sees it, without a complaint of the formatter's.
 func show(t *testing.T, path string) string {
 	t.Helper()
-	groff, err := exec.LookPath("groff")
-	if err != nil {
-		t.Skip("no groff on this machine: the pages are not formatted")
-	}
-	cmd := exec.Command(groff, "-ww", "-man", "-Tascii", "-P-cbou", path)
+	cmd := exec.Command(testenv.NeedTool(t, "groff"), "-ww", "-man", "-Tascii", "-P-cbou", path)
 	var complaints strings.Builder
 	cmd.Stderr = &complaints
 	out, err := cmd.Output()
