@@ -248,6 +248,8 @@ func (d *Driver) nameReasons(ctx context.Context, l *link, x *libvirtxml.Domain)
 	for _, dom := range doms {
 		g := d.of(dom)
 		switch {
+		case g.name == x.Name && g.uuid == x.UUID && g.info().State == hypervisor.StateStopped:
+			reasons = append(reasons, fmt.Sprintf("this guest is defined on this host already, as after a virsh migrate without --undefinesource, and could be started here too; remove that: virsh undefine --keep-nvram %s", g.name))
 		case g.name == x.Name:
 			reasons = append(reasons, fmt.Sprintf("there is already a guest named %s on this host (%s, %s); remove or rename one of them", g.name, g.uuid, g.info().State))
 		case g.uuid == x.UUID:
