@@ -83,7 +83,8 @@ lint:
 	$(STATICCHECK) ./...
 	$(STATICCHECK) -tags failpoint ./...
 	go vet -tags man ./cmd/lmctl
-	shellcheck scripts/* .ci/run packaging/install packaging/build-deb packaging/debian/p*
+	shellcheck scripts/* .ci/run packaging/install packaging/build-deb packaging/debian/p* \
+		test/package/testdata/boot vagrant/make-keys vagrant/provision.sh
 
 unit:
 	$(REPORT) run -log $(TEST_LOG) -- -race $(if $(CI),-count=1) -timeout $(UNIT_TIMEOUT) $(AS_ROOT) \
@@ -149,7 +150,7 @@ install-libvirt-deps:
 	@scripts/install-deps $(LIBVIRT_DEPS)
 
 install-deps:
-	@scripts/install-deps gcc libc6-dev shellcheck debootstrap man-db $(LIBVIRT_DEPS) ovmf
+	@scripts/install-deps gcc libc6-dev shellcheck debootstrap man-db vagrant vagrant-libvirt $(LIBVIRT_DEPS) ovmf
 
 qemu10:
 	@scripts/fetch-qemu10
