@@ -72,11 +72,14 @@ func (r *root) boot(name string) {
 		r.t.Fatal(err)
 	}
 	defer log.Close()
-	cmd := exec.Command("/bin/sh", "testdata/boot", r.dir, name)
+	group := newCgroup(r.t)
+	defer group.Close()
+	// The namespace of cgroups is made by one who is in the cgroup already.
+	cmd := exec.Command("unshare", "--cgroup", "/bin/sh", "testdata/boot", r.dir, name)
 	cmd.Stdout, cmd.Stderr = log, log
 	cmd.SysProcAttr = &syscall.SysProcAttr{
-		Cloneflags: syscall.CLONE_NEWPID | syscall.CLONE_NEWNET | syscall.CLONE_NEWIPC | syscall.CLONE_NEWUTS |
-			syscall.CLONE_NEWNS | syscall.CLONE_NEWCGROUP,
+		Cloneflags:  syscall.CLONE_NEWPID | syscall.CLONE_NEWNET | syscall.CLONE_NEWIPC | syscall.CLONE_NEWUTS | syscall.CLONE_NEWNS,
+		UseCgroupFD: true, CgroupFD: int(group.Fd()),
 		Setsid: true,
 	}
 	if err := cmd.Start(); err != nil {
@@ -95,6 +98,55 @@ func (r *root) boot(name string) {
 		text, _ := os.ReadFile(log.Name())
 		r.t.Fatalf("boot %s: %v\n%s", name, err, text)
 	}
+}
+
+// newCgroup makes a cgroup for a system that is booted: two that shared one would
+// end each other's processes.
+func newCgroup(t *testing.T) *os.File {
+	t.Helper()
+	base := t.TempDir()
+	mount(t, "cgroup2", base, "cgroup2", "")
+	text, err := os.ReadFile("/proc/self/cgroup")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var own string
+	for line := range strings.Lines(string(text)) {
+		if path, ok := strings.CutPrefix(line, "0::"); ok {
+			own = strings.TrimSpace(path)
+		}
+	}
+	dir, err := os.MkdirTemp(filepath.Join(base, own), "lmctl-package-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	// After its system has ended: what is cleaned up first was set up last.
+	t.Cleanup(func() {
+		if err := removeCgroups(dir); err != nil {
+			t.Error(err)
+		}
+	})
+	group, err := os.Open(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return group
+}
+
+// removeCgroups removes a cgroup with those in it, whose files cannot be.
+func removeCgroups(dir string) error {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if e.IsDir() {
+			if err := removeCgroups(filepath.Join(dir, e.Name())); err != nil {
+				return err
+			}
+		}
+	}
+	return unix.Rmdir(dir)
 }
 
 // awaitReady waits for systemd's READY=1.
