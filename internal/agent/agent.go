@@ -45,6 +45,8 @@ type Agent struct {
 	inbound  *inbound
 	kept     *definitions
 
+	following sync.Mutex // held while a foreign guest's record follows it
+
 	life   context.Context // ends when the agent stops for good
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
@@ -106,6 +108,11 @@ func newAgent(ctx context.Context, cfg Config, version string, log *slog.Logger,
 func (a *Agent) openState() error {
 	for _, dir := range []string{a.cfg.StateDir, a.cfg.RunDir} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return fmt.Errorf("agent: %w", err)
+		}
+	}
+	if a.foreign() { // libvirt's QEMU reaches its sockets below, as its own user
+		if err := os.Chmod(a.cfg.RunDir, 0o711); err != nil {
 			return fmt.Errorf("agent: %w", err)
 		}
 	}

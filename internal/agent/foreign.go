@@ -19,6 +19,8 @@ func (a *Agent) know(ctx context.Context, name string) {
 	if !a.foreign() || ledger.CheckGuest(name) != nil || a.moves.busy(name) || a.inbound.busy(name) {
 		return
 	}
+	a.following.Lock()
+	defer a.following.Unlock()
 	record := a.ledger.Get(name)
 	info, err := a.driver.Get(name)
 	switch {
@@ -43,10 +45,22 @@ func (a *Agent) know(ctx context.Context, name string) {
 	}
 }
 
-// leave notes that a foreign guest is no longer on this host.
+// leave notes that a foreign guest is no longer on this host. The following is
+// held.
 func (a *Agent) leave(ctx context.Context, name string) error {
 	a.metrics.left(name)
 	return errors.Join(a.kept.forget(name), a.ledger.Undefine(ctx, name))
+}
+
+// undefined notes that an operator has had a guest's definition removed here. Of
+// a foreign guest that may be known already, by its hypervisor's word.
+func (a *Agent) undefined(ctx context.Context, name string) error {
+	a.following.Lock()
+	defer a.following.Unlock()
+	if a.foreign() && a.ledger.Get(name).State != ledger.Owned {
+		return nil
+	}
+	return a.ledger.Undefine(ctx, name)
 }
 
 // connected says whether the driver's list is what is there. One that it cannot

@@ -129,7 +129,7 @@ func (s *guestService) Undefine(ctx context.Context, in *lmctlv1.GuestRequest) (
 	if err := s.a.driver.Undefine(name); err != nil {
 		return nil, err
 	}
-	if err := s.a.ledger.Undefine(ctx, name); err != nil {
+	if err := s.a.undefined(ctx, name); err != nil {
 		return nil, err
 	}
 	s.a.metrics.left(name)

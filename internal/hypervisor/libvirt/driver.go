@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -68,7 +67,7 @@ func New(cfg Config) (*Driver, error) {
 		return nil, err
 	}
 	// QEMU's user passes through to the folder of its sockets and reads nothing.
-	if err := os.MkdirAll(filepath.Join(cfg.RunDir, "libvirt"), 0o711); err != nil {
+	if err := passable(filepath.Join(cfg.RunDir, "libvirt")); err != nil {
 		return nil, fmt.Errorf("libvirt: %w", err)
 	}
 	links, err := netlink.NewHandle(unix.NETLINK_ROUTE)

@@ -36,14 +36,22 @@ func write(path string, content any) error {
 	if err != nil {
 		return fmt.Errorf("%s: %w", path, err)
 	}
-	// The folder of the sockets inside is another user's to reach.
-	if err := os.MkdirAll(filepath.Dir(path), 0o711); err != nil {
+	if err := passable(filepath.Dir(path)); err != nil {
 		return err
 	}
 	if err := os.WriteFile(path+".new", text, 0o600); err != nil {
 		return err
 	}
 	return os.Rename(path+".new", path)
+}
+
+// passable makes a folder through which another user reaches a folder of its
+// own, whatever our umask.
+func passable(dir string) error {
+	if err := os.MkdirAll(dir, 0o711); err != nil {
+		return err
+	}
+	return os.Chmod(dir, 0o711)
 }
 
 func read(path string, content any) error {

@@ -18,7 +18,7 @@ import (
 // streamFolder makes the folder of a domain's sockets, which QEMU's user alone
 // can use.
 func (f files) streamFolder(uid, gid int) (string, error) {
-	if err := os.MkdirAll(f.dir, 0o711); err != nil {
+	if err := passable(f.dir); err != nil {
 		return "", err
 	}
 	dir := f.stream()
