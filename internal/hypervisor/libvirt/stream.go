@@ -115,15 +115,6 @@ func (s *stateStream) close() error {
 	return nil
 }
 
-// reason is why the stream ended before its time. It is asked for once done is
-// closed.
-func (s *stateStream) reason() error {
-	if s.err == nil {
-		return errors.New("QEMU closed it")
-	}
-	return s.err
-}
-
 // dial connects to a QEMU that waits at a socket, which must be the process's.
 func dial(ctx context.Context, path string, p *process) (*net.UnixConn, error) {
 	conn, err := new(net.Dialer).DialContext(ctx, "unix", path)
