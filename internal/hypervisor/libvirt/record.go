@@ -7,6 +7,8 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+
+	"golang.org/x/sys/unix"
 )
 
 // suspensionRecord is on disk from before a domain is suspended until it runs
@@ -76,6 +78,15 @@ func removeFile(path string) error {
 		return err
 	}
 	return nil
+}
+
+// tidy removes the folder if nothing is in it any more.
+func (f files) tidy() error {
+	err := os.Remove(f.dir)
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTEMPTY) {
+		return nil
+	}
+	return err
 }
 
 // remove removes all files of a domain.

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	lv "github.com/digitalocean/go-libvirt"
+	"golang.org/x/sys/unix"
 
 	"github.com/lmctl/lmctl/internal/hypervisor"
 )
@@ -144,7 +145,7 @@ func (g *domain) restore(ctx context.Context, l *link) error {
 		err = g.setIgnoreShared(ctx, l, false)
 	}
 	if err == nil {
-		err = errors.Join(os.RemoveAll(g.files.stream()), removeFile(g.files.suspension()))
+		err = errors.Join(os.RemoveAll(g.files.stream()), removeFile(g.files.suspension()), g.files.tidy())
 	}
 	if err != nil {
 		return err
@@ -172,6 +173,12 @@ func (s *Guest) release(ctx context.Context) error {
 		}
 		s.g.listen(nil)
 		s.suspension = nil
+		if p.attended() != nil {
+			// The next libvirtd would have the domain run here.
+			if err := unix.PidfdSendSignal(s.pidfd, unix.SIGKILL, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
+				return err
+			}
+		}
 		if p.err == nil {
 			err := do(ctx, p.l, func(l *link) error {
 				return l.DomainMigrateConfirm3Params(s.g.ref(), nil, nil, uint32(migrateFlags), 0)
@@ -213,8 +220,13 @@ func (g *domain) removeCopy(ctx context.Context, l *link) error {
 			}
 			return g.vanished()
 		}
-		if err := do(ctx, l, func(l *link) error { return l.DomainDestroy(g.ref()) }); err != nil && !isCode(err, lv.ErrNoDomain) {
-			return err
+		err = do(ctx, l, func(l *link) error { return l.DomainDestroy(g.ref()) })
+		if err == nil || isCode(err, lv.ErrNoDomain) {
+			continue
+		}
+		// It may be ending, or libvirt be busy with it.
+		if waitErr := pause(ctx); waitErr != nil {
+			return errors.Join(err, waitErr)
 		}
 	}
 }

@@ -217,6 +217,18 @@ func (s *Guest) failure(ctx context.Context) error {
 	return err
 }
 
+// attended says whether the libvirtd that began the migration is there. One that
+// starts anew breaks the migration off and has the domain run here, which must
+// not be once it is handed over.
+func (p *suspension) attended() error {
+	select {
+	case <-p.l.Disconnected():
+		return fmt.Errorf("%w: it was lost during the migration", errDisconnected)
+	default:
+		return nil
+	}
+}
+
 // SaveState returns when all of the device state has gone to the writer of
 // Suspend.
 func (s *Guest) SaveState(ctx context.Context) error {
@@ -242,7 +254,7 @@ func (s *Guest) saveState(ctx context.Context) error {
 		case <-p.stream.done:
 			// QEMU closes its end when it has completed, or has failed: what
 			// its destination makes of the state tells which.
-			return p.stream.err
+			return errors.Join(p.stream.err, p.attended())
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		}

@@ -1,0 +1,57 @@
+package libvirt
+
+import (
+	"encoding/json"
+	"strings"
+	"testing"
+)
+
+func validOffer(t testing.TB, change func(map[string]any)) []byte {
+	t.Helper()
+	b, err := json.Marshal(offer{Version: offerVersion, Hypervisor: "libvirt", XML: runningDomain, Cookie: []byte("<cookie/>"), QEMU: 7002022, Libvirt: 9000000, PageSize: 4096})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if change == nil {
+		return b
+	}
+	var m map[string]any
+	if err := json.Unmarshal(b, &m); err != nil {
+		t.Fatal(err)
+	}
+	change(m)
+	if b, err = json.Marshal(m); err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+func TestParseOffer(t *testing.T) {
+	o, x, err := parseOffer(validOffer(t, nil))
+	if err != nil || x.Name != "web" || o.QEMU != 7002022 {
+		t.Fatalf("%+v, %v", o, err)
+	}
+	for want, text := range map[string][]byte{
+		"version 2":             validOffer(t, func(m map[string]any) { m["version"] = 2 }),
+		"unknown field":         validOffer(t, func(m map[string]any) { m["teleport"] = true }),
+		"without libvirt":       validOffer(t, func(m map[string]any) { m["hypervisor"] = "qemu" }),
+		"domain XML":            validOffer(t, func(m map[string]any) { m["xml"] = "<domain" }),
+		"something follows":     append(validOffer(t, nil), '1'),
+		"more than":             []byte(strings.Repeat(" ", maxOffer+1)),
+		"unexpected end of JSO": []byte("{"),
+	} {
+		if _, _, err := parseOffer(text); err == nil || !strings.Contains(strings.ReplaceAll(err.Error(), "unexpected EOF", "unexpected end of JSON"), want) {
+			t.Errorf("%s: %v", want, err)
+		}
+	}
+}
+
+func FuzzParseOffer(f *testing.F) {
+	f.Add(validOffer(f, nil))
+	f.Add([]byte("{}"))
+	f.Fuzz(func(t *testing.T, text []byte) {
+		if o, x, err := parseOffer(text); err == nil && (o == nil || x == nil) {
+			t.Error("neither an offer nor an error")
+		}
+	})
+}
