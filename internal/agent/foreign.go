@@ -52,6 +52,22 @@ func (a *Agent) leave(ctx context.Context, name string) error {
 	return errors.Join(a.kept.forget(name), a.ledger.Undefine(ctx, name))
 }
 
+// defined notes that an operator has defined a guest here, unless that is known
+// already: its definition was lost, and is back, or its hypervisor's word of it
+// came first.
+func (a *Agent) defined(ctx context.Context, name, uuid string) (known bool, err error) {
+	a.following.Lock()
+	defer a.following.Unlock()
+	switch r := a.ledger.Get(name); r.State {
+	case ledger.None, ledger.Gone, ledger.Withdrawn:
+	default:
+		if r.UUID == uuid {
+			return true, nil
+		}
+	}
+	return false, a.ledger.Define(ctx, name, uuid)
+}
+
 // undefined notes that an operator has had a guest's definition removed here. Of
 // a foreign guest that may be known already, by its hypervisor's word.
 func (a *Agent) undefined(ctx context.Context, name string) error {

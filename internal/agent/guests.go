@@ -34,16 +34,12 @@ func (s *guestService) Define(ctx context.Context, in *lmctlv1.DefineRequest) (*
 	if err != nil {
 		return nil, err
 	}
-	switch r := s.a.ledger.Get(def.Name); r.State {
-	case ledger.None, ledger.Gone, ledger.Withdrawn:
-	default:
-		if r.UUID == def.UUID { // its definition was lost, and is back
-			s.a.settler.kick(def.Name)
-			return s.show(def.Name)
-		}
-	}
-	if err := s.a.ledger.Define(ctx, def.Name, def.UUID); err != nil {
+	known, err := s.a.defined(ctx, def.Name, def.UUID)
+	if err != nil {
 		return nil, errors.Join(err, s.a.driver.Undefine(def.Name))
+	}
+	if known { // its definition was lost, and is back
+		s.a.settler.kick(def.Name)
 	}
 	return s.show(def.Name)
 }
@@ -71,7 +67,7 @@ func (s *guestService) Stop(ctx context.Context, in *lmctlv1.StopRequest) (*lmct
 	if err := s.a.driver.Stop(ctx, in.GetName(), timeout); err != nil {
 		return nil, err
 	}
-	return s.show(in.GetName())
+	return s.showEnded(in.GetName())
 }
 
 // Destroy implements lmctlv1.GuestsServer.
@@ -90,7 +86,17 @@ func (s *guestService) Destroy(ctx context.Context, in *lmctlv1.GuestRequest) (*
 	if err := s.a.driver.Destroy(ctx, in.GetName()); err != nil {
 		return nil, err
 	}
-	return s.show(in.GetName())
+	return s.showEnded(in.GetName())
+}
+
+// showEnded is show for a guest that has just ended: libvirt's transient ones go
+// with their end.
+func (s *guestService) showEnded(name string) (*lmctlv1.Guest, error) {
+	g, err := s.show(name)
+	if errors.Is(err, hypervisor.ErrNotFound) {
+		return &lmctlv1.Guest{Name: name, Host: s.a.cfg.Name, State: string(hypervisor.StateRemoved)}, nil
+	}
+	return g, err
 }
 
 // giveUp removes an outranked copy, on the operator's word.

@@ -111,22 +111,41 @@ func (l *Lab) ownBoot(boot linux.Boot) (linux.Boot, error) {
 	}
 	own := linux.Boot{}
 	for from, to := range map[string]*string{boot.Kernel: &own.Kernel, boot.Initrd: &own.Initrd} {
-		b, err := os.ReadFile(from)
-		if err != nil {
-			return own, fmt.Errorf("lab: %w", err)
-		}
 		at := filepath.Join(l.Storage(), filepath.Base(from))
-		if _, err := os.Stat(at); errors.Is(err, os.ErrNotExist) {
-			err = writeWhole(at, b)
-			if err != nil {
-				return own, err
-			}
-		} else if err != nil {
-			return own, fmt.Errorf("lab: %w", err)
+		if err := copyOnce(from, at); err != nil {
+			return own, err
 		}
 		*to = l.onHosts(at)
 	}
 	return own, nil
+}
+
+// copyOnce copies a file for everybody to read, unless it has been. Others may do
+// so at the same time.
+func copyOnce(from, to string) error {
+	if _, err := os.Stat(to); !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	b, err := os.ReadFile(from)
+	if err != nil {
+		return fmt.Errorf("lab: %w", err)
+	}
+	f, err := os.CreateTemp(filepath.Dir(to), filepath.Base(to)+".*")
+	if err != nil {
+		return fmt.Errorf("lab: %w", err)
+	}
+	_, err = f.Write(b)
+	if err := errors.Join(err, f.Chmod(0o644), f.Close()); err != nil {
+		return errors.Join(fmt.Errorf("lab: %w", err), os.Remove(f.Name()))
+	}
+	// A link is refused where another has been faster, whose copy may be in use.
+	if err := os.Link(f.Name(), to); err != nil && !errors.Is(err, os.ErrExist) {
+		return errors.Join(fmt.Errorf("lab: %w", err), os.Remove(f.Name()))
+	}
+	if err := os.Remove(f.Name()); err != nil {
+		return fmt.Errorf("lab: %w", err)
+	}
+	return nil
 }
 
 // forQEMU gives a file to the user that QEMU runs as, if libvirt does not.
