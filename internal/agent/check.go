@@ -36,9 +36,14 @@ func line(name string, v lmctlv1.CheckLine_Verdict, detail, advice string) *lmct
 // check says, line by line, whether this host can do the job.
 func (a *Agent) check(ctx context.Context) []*lmctlv1.CheckLine {
 	lines := []*lmctlv1.CheckLine{
-		checkTracker(), checkKVM(), checkQEMU(ctx), a.checkMemory(), checkClock(),
-		a.checkDirs("state folder", a.cfg.StateDir, false), a.checkDirs("run folder", a.cfg.RunDir, false), a.checkDirs("memory folder", a.cfg.MemoryDir, true),
+		checkTracker(), checkKVM(), a.checkMemory(), checkClock(),
+		a.checkDirs("state folder", a.cfg.StateDir, false), a.checkDirs("run folder", a.cfg.RunDir, false),
 		a.checkCertificate(), a.checkPort(ctx),
+	}
+	if a.foreign() {
+		lines = append(lines, a.checkLibvirt(ctx)...)
+	} else {
+		lines = append(lines, checkQEMU(ctx), a.checkDirs("memory folder", a.cfg.MemoryDir, true))
 	}
 	lines = append(lines, a.checkBridges()...)
 	return append(lines, a.checkPeers(ctx)...)
