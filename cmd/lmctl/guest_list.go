@@ -27,6 +27,8 @@ type guestJSON struct {
 	VCPUs       int32          `json:"vcpus"`
 	Machine     string         `json:"machine,omitempty"`
 	Accelerator string         `json:"accelerator,omitempty"`
+	Mode        string         `json:"mode,omitempty"`
+	ModeReason  string         `json:"mode_reason,omitempty"`
 	CPU         string         `json:"cpu,omitempty"`
 	QEMU        string         `json:"qemu,omitempty"`
 	Started     *time.Time     `json:"started,omitempty"`
@@ -55,7 +57,7 @@ type ownershipJSON struct {
 func guestObject(g *lmctlv1.Guest) guestJSON {
 	out := guestJSON{
 		Name: g.Name, UUID: g.Uuid, Host: g.Host, State: g.State, Busy: g.Busy, PID: g.Pid,
-		MemoryBytes: g.MemoryBytes, VCPUs: g.Vcpus, Machine: g.Machine, Accelerator: g.Accelerator,
+		MemoryBytes: g.MemoryBytes, VCPUs: g.Vcpus, Machine: g.Machine, Accelerator: g.Accelerator, Mode: g.Mode, ModeReason: g.ModeReason,
 		CPU: g.Cpu, QEMU: g.HypervisorVersion, Advice: g.Advice, Migration: g.Migration,
 		Log: g.LogPath, ConsoleLog: g.ConsoleLog, Observer: g.Observer,
 	}
@@ -101,9 +103,9 @@ func (o *options) printGuests(guests []*lmctlv1.Guest) error {
 	}
 	var rows [][]string
 	for _, g := range guests {
-		rows = append(rows, []string{g.Name, g.State, size(g.MemoryBytes), itoa(g.Vcpus), g.Accelerator, endWords(g.End, g.State)})
+		rows = append(rows, []string{g.Name, g.State, size(g.MemoryBytes), itoa(g.Vcpus), g.Accelerator, g.Mode, endWords(g.End, g.State)})
 	}
-	if err := printTable(o.out, "NAME STATE MEMORY VCPUS ACCELERATOR LAST-END", rows); err != nil {
+	if err := printTable(o.out, "NAME STATE MEMORY VCPUS ACCELERATOR MODE LAST-END", rows); err != nil {
 		return err
 	}
 	for _, g := range guests {
@@ -129,6 +131,17 @@ func endWords(e *lmctlv1.End, state string) string {
 		words += fmt.Sprintf(" (status %d)", e.Status)
 	}
 	return words
+}
+
+// modeWords says how a guest would migrate, and why.
+func modeWords(mode, reason string) string {
+	switch {
+	case mode == "" && reason == "":
+		return ""
+	case mode == "":
+		return "not: " + reason
+	}
+	return mode + ": " + reason
 }
 
 func newGuestShowCommand(o *options) *cobra.Command {
@@ -168,6 +181,6 @@ func (o *options) printGuest(g *lmctlv1.Guest) error {
 	return printFields(o.out,
 		"Name", v.Name, "UUID", v.UUID, "Host", v.Host, "State", v.State, "In doubt", v.Advice, "Busy with", v.Busy,
 		"Memory", size(v.MemoryBytes), "vCPUs", itoa(v.VCPUs), "CPU", v.CPU, "Machine", v.Machine,
-		"Accelerator", v.Accelerator, "QEMU", v.QEMU, "Process", pid, "Started", started, "Last end", end,
+		"Accelerator", v.Accelerator, "Migrates", modeWords(v.Mode, v.ModeReason), "QEMU", v.QEMU, "Process", pid, "Started", started, "Last end", end,
 		"Ownership", epoch, "Migration", v.Migration, "Log", v.Log, "Console log", v.ConsoleLog, "Observer", v.Observer)
 }

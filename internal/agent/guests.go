@@ -239,7 +239,7 @@ func (s *guestService) toWire(info hypervisor.Info) *lmctlv1.Guest {
 		Name: info.Name, Uuid: info.UUID, Host: s.a.cfg.Name, State: string(info.State), Busy: info.Busy,
 		Runstate: info.Runstate, Pid: int32(info.PID), MemoryBytes: info.Memory, Vcpus: int32(info.VCPUs),
 		Machine: info.Machine, Accelerator: info.Accelerator, Cpu: info.CPU, HypervisorVersion: info.Version,
-		LogPath: info.LogPath, ConsolePath: info.ConsolePath, ConsoleLog: info.ConsoleLog, Observer: info.Observer,
+		Mode: info.Mode, ModeReason: info.ModeReason, LogPath: info.LogPath, ConsolePath: info.ConsolePath, ConsoleLog: info.ConsoleLog, Observer: info.Observer,
 	}
 	if !info.Started.IsZero() {
 		g.Started = timestamppb.New(info.Started)

@@ -23,7 +23,11 @@ type Info struct {
 	End         *End // how it last ended, nil while it runs or if it never did
 	// Suspended says that a migration of this guest was begun and neither
 	// undone nor completed: Driver.Source, then Resume or Release.
-	Suspended   bool
+	Suspended bool
+	// Mode is the one in which the guest would migrate, empty if in none, and
+	// ModeReason says why, in a sentence.
+	Mode        string
+	ModeReason  string
 	LogPath     string
 	ConsolePath string // unix socket of the serial console
 	ConsoleLog  string

@@ -603,6 +603,8 @@ type Guest struct {
 	ConsolePath       string                 `protobuf:"bytes,21,opt,name=console_path,json=consolePath,proto3" json:"console_path,omitempty"`
 	ConsoleLog        string                 `protobuf:"bytes,22,opt,name=console_log,json=consoleLog,proto3" json:"console_log,omitempty"`
 	Observer          string                 `protobuf:"bytes,23,opt,name=observer,proto3" json:"observer,omitempty"`
+	Mode              string                 `protobuf:"bytes,24,opt,name=mode,proto3" json:"mode,omitempty"`                               // in which it would migrate: direct; empty if in none
+	ModeReason        string                 `protobuf:"bytes,25,opt,name=mode_reason,json=modeReason,proto3" json:"mode_reason,omitempty"` // why
 	unknownFields     protoimpl.UnknownFields
 	sizeCache         protoimpl.SizeCache
 }
@@ -794,6 +796,20 @@ func (x *Guest) GetConsoleLog() string {
 func (x *Guest) GetObserver() string {
 	if x != nil {
 		return x.Observer
+	}
+	return ""
+}
+
+func (x *Guest) GetMode() string {
+	if x != nil {
+		return x.Mode
+	}
+	return ""
+}
+
+func (x *Guest) GetModeReason() string {
+	if x != nil {
+		return x.ModeReason
 	}
 	return ""
 }
@@ -2292,7 +2308,7 @@ const file_lmctl_proto_rawDesc = "" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04data\x18\x02 \x01(\fR\x04data\"#\n" +
 	"\rConsoleOutput\x12\x12\n" +
-	"\x04data\x18\x01 \x01(\fR\x04data\"\xac\x05\n" +
+	"\x04data\x18\x01 \x01(\fR\x04data\"\xe1\x05\n" +
 	"\x05Guest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04uuid\x18\x02 \x01(\tR\x04uuid\x12\x12\n" +
@@ -2320,7 +2336,10 @@ const file_lmctl_proto_rawDesc = "" +
 	"\fconsole_path\x18\x15 \x01(\tR\vconsolePath\x12\x1f\n" +
 	"\vconsole_log\x18\x16 \x01(\tR\n" +
 	"consoleLog\x12\x1a\n" +
-	"\bobserver\x18\x17 \x01(\tR\bobserver\"\x8f\x01\n" +
+	"\bobserver\x18\x17 \x01(\tR\bobserver\x12\x12\n" +
+	"\x04mode\x18\x18 \x01(\tR\x04mode\x12\x1f\n" +
+	"\vmode_reason\x18\x19 \x01(\tR\n" +
+	"modeReason\"\x8f\x01\n" +
 	"\x03End\x12\x14\n" +
 	"\x05cause\x18\x01 \x01(\tR\x05cause\x12\x16\n" +
 	"\x06signal\x18\x02 \x01(\x05R\x06signal\x12\x16\n" +

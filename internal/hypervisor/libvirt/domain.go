@@ -3,6 +3,7 @@ package libvirt
 import (
 	"errors"
 	"path/filepath"
+	"strings"
 	"sync"
 	"time"
 
@@ -25,17 +26,18 @@ type domain struct {
 	// looking keeps looks at libvirt from overtaking one another.
 	looking sync.Mutex
 
-	mu       sync.Mutex
-	facts    facts
-	state    hypervisor.State
-	runstate string
-	proc     *process // nil without one
-	started  time.Time
-	end      *hypervisor.End
-	intent   hypervisor.EndCause // what we are about to do to it
-	busy     string
-	gone     bool
-	lost     bool // libvirtd cannot be asked
+	mu        sync.Mutex
+	facts     facts
+	obstacles []string // to a direct migration of one that runs, known without asking
+	state     hypervisor.State
+	runstate  string
+	proc      *process // nil without one
+	started   time.Time
+	end       *hypervisor.End
+	intent    hypervisor.EndCause // what we are about to do to it
+	busy      string
+	gone      bool
+	lost      bool // libvirtd cannot be asked
 	// suspended and incoming are what our own migrations make of it; they are on
 	// disk too.
 	suspended bool
@@ -120,6 +122,10 @@ func (g *domain) info() hypervisor.Info {
 	}
 	if g.proc != nil {
 		i.PID = g.proc.pid
+		i.Mode, i.ModeReason = "direct", "its memory is in shared files"
+		if len(g.obstacles) > 0 {
+			i.Mode, i.ModeReason = "", strings.Join(g.obstacles, "; ")
+		}
 	}
 	if g.end != nil {
 		end := *g.end

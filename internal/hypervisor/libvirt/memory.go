@@ -69,6 +69,27 @@ func isFolder(path string) bool {
 	return err == nil && info.IsDir()
 }
 
+// obstacles says what forbids to copy the memory of a process, if there is one.
+func (p *process) obstacles() []string {
+	if p == nil {
+		return nil
+	}
+	backends, err := p.backends()
+	if err != nil {
+		return []string{err.Error()}
+	}
+	if len(backends) == 0 {
+		return []string{"its memory " + backend{Kind: "memory-backend-ram"}.why()}
+	}
+	var reasons []string
+	for _, b := range backends {
+		if why := b.why(); why != "" {
+			reasons = append(reasons, fmt.Sprintf("memory %s %s", b.ID, why))
+		}
+	}
+	return reasons
+}
+
 // blocks opens the memory of a QEMU. With addresses, which are those of the
 // process's own mappings.
 func (p *process) blocks() (blocks []migrate.Memory, err error) {

@@ -219,6 +219,7 @@ func (g *domain) seen(f facts, s lv.DomainState, reason lv.DomainPausedReason) e
 	if !active {
 		proc = nil
 	}
+	obstacles := append(deviceReasons(f.xml), proc.obstacles()...)
 	keep := learners
 	switch {
 	case state == hypervisor.StateRunning && learners == nil:
@@ -228,6 +229,7 @@ func (g *domain) seen(f facts, s lv.DomainState, reason lv.DomainPausedReason) e
 	}
 	g.tell(func() {
 		g.facts, g.state, g.runstate, g.proc, g.learners = f, state, word, proc, keep
+		g.obstacles = obstacles
 		if active {
 			if before == hypervisor.StateStopped {
 				g.started = time.Now()

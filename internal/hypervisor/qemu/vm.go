@@ -65,7 +65,8 @@ func (v *vm) info() hypervisor.Info {
 	defer v.mu.Unlock()
 	i := hypervisor.Info{
 		Name: v.def.Name, UUID: v.def.UUID, State: v.state, Busy: v.busy, Runstate: v.runstate,
-		Memory: int64(v.def.Memory), VCPUs: v.def.VCPUs, Bridges: v.def.bridges(), LogPath: v.files.log(), ConsolePath: v.files.console(),
+		Memory: int64(v.def.Memory), VCPUs: v.def.VCPUs, Bridges: v.def.bridges(),
+		Mode: "direct", ModeReason: "its memory is one shared file", LogPath: v.files.log(), ConsolePath: v.files.console(),
 		ConsoleLog: v.files.consoleLog(), Observer: v.files.observer(),
 	}
 	if v.inst != nil {
