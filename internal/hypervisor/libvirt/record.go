@@ -9,6 +9,8 @@ import (
 	"path/filepath"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/lmctl/lmctl/internal/hypervisor"
 )
 
 // suspensionRecord is on disk from before a domain is suspended until it runs
@@ -133,7 +135,7 @@ func (g *domain) takeUp() error {
 	}
 	running := false
 	g.tell(func() {
-		running = g.runs()
+		running = g.state == hypervisor.StateRunning
 		g.incoming, g.brought = !running, r.Cards
 	})
 	if running {
