@@ -1,10 +1,11 @@
 # make test is all that a fresh Debian machine with Go needs; see CONTRIBUTING.
 #
 #   build         bin/lmctl, one static binary
-#   test          everything below that judges: deps, lint, unit, e2e, package
+#   test          everything below that judges: deps, lint, unit, e2e, libvirt, package
 #   lint          gofmt, go vet, staticcheck, shellcheck
 #   unit          all packages with the race detector, fuzz seeds included
 #   e2e           whole migrations between agents, with failpoints
+#   libvirt       the same between two libvirtd's, with domains of many shapes
 #   fuzz-seeds    only the seeds of the fuzz tests
 #   fuzz          every fuzz test for FUZZTIME (10s)
 #   demo          a Linux guest moves to another host and back
@@ -22,7 +23,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := build
-.PHONY: build init test lint unit e2e fuzz fuzz-seeds demo demo-libvirt bench proto \
+.PHONY: build init test lint unit e2e libvirt fuzz fuzz-seeds demo demo-libvirt bench proto \
 	docs install uninstall deb package \
 	install-deps install-run-deps install-libvirt-deps need-root qemu10 clean
 
@@ -43,6 +44,7 @@ TEST_LOG = dist/tests.jsonl
 FUZZTIME ?= 10s
 UNIT_TIMEOUT ?= 10m
 E2E_TIMEOUT ?= 14m
+LIBVIRT_TIMEOUT ?= 8m
 PACKAGE_TIMEOUT ?= 5m
 E2E = ./test/e2e/...
 LIBVIRT_DEPS = libvirt-daemon-system libvirt-clients
@@ -69,7 +71,7 @@ init:
 # One part that fails does not keep the others from saying what they know.
 test: install-deps qemu10 init
 	@rm -f $(TEST_LOG); failed=; \
-	for part in lint unit e2e package; do \
+	for part in lint unit e2e libvirt package; do \
 		$(MAKE) --no-print-directory $$part || failed="$$failed $$part"; \
 	done; \
 	$(REPORT) summary $(TEST_LOG) || failed="$$failed summary"; \
@@ -88,12 +90,15 @@ lint:
 
 unit:
 	$(REPORT) run -log $(TEST_LOG) -- -race $(if $(CI),-count=1) -timeout $(UNIT_TIMEOUT) $(AS_ROOT) \
-		$$(go list ./... | grep -v -e '/test/e2e' -e '/test/package')
+		$$(go list ./... | grep -v -e '/test/e2e' -e '/test/libvirt' -e '/test/package')
 
 e2e: init
 	@if [ -d test/e2e ]; then set -x; \
 		$(REPORT) run -log $(TEST_LOG) -- -tags failpoint -count=1 -timeout $(E2E_TIMEOUT) $(AS_ROOT) $(E2E); \
 	fi
+
+libvirt:
+	$(REPORT) run -log $(TEST_LOG) -- -count=1 -timeout $(LIBVIRT_TIMEOUT) $(AS_ROOT) ./test/libvirt
 
 fuzz-seeds:
 	go test -run '^Fuzz' ./...

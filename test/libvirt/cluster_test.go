@@ -1,0 +1,243 @@
+package libvirt
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"os"
+	"os/user"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/lmctl/lmctl/dirtymap"
+	"github.com/lmctl/lmctl/internal/api"
+	"github.com/lmctl/lmctl/internal/api/lmctlv1"
+	"github.com/lmctl/lmctl/internal/lab"
+	"github.com/lmctl/lmctl/internal/lab/domain"
+	"github.com/lmctl/lmctl/internal/testenv"
+	"github.com/lmctl/lmctl/migrate"
+)
+
+// patience is how long a test waits for what must come. It is no measure of
+// speed: machines that run tests are slow and shared.
+const patience = 60 * time.Second
+
+// qemuUser is whom QEMU runs as, as Debian has it.
+const qemuUser = "libvirt-qemu"
+
+// cluster is the lab as one test uses it.
+type cluster struct {
+	t       *testing.T
+	lab     *lab.Lab
+	clients map[string]*api.Client
+}
+
+// newCluster gives a test the lab: two hosts whose agents stop at failpoints,
+// and whose libvirtd's run QEMU as distributions do. Tests that disturb others
+// do not run in parallel.
+func newCluster(t *testing.T) *cluster {
+	t.Helper()
+	testenv.NeedRoot(t)
+	testenv.NeedKVM(t)
+	testenv.NeedTracker(t, dirtymap.Probe)
+	testenv.NeedTool(t, "virsh")
+	if _, err := user.Lookup(qemuUser); err != nil {
+		testenv.Missing(t, "the user "+qemuUser, err)
+	}
+	for _, path := range []string{domain.FirmwareCode, domain.FirmwareVars} {
+		if _, err := os.Stat(path); err != nil {
+			testenv.Missing(t, "UEFI firmware", err)
+		}
+	}
+	if common == nil {
+		// No dynamic ownership: libvirt does not take the machine's own file system
+		// for one that hosts share, and the host that a guest left, or did not come
+		// to, would take the disk from the QEMU that has it.
+		l, err := lab.Up(context.Background(), lab.Options{
+			Dir: filepath.Join(work.dir, "lab"), Hosts: 2, Binary: work.binary, MemoryLimit: 10 << 30,
+			AgentEnv:   []string{"LMCTL_FAILPOINTS=" + failpoints()},
+			Hypervisor: lab.Libvirt,
+			Libvirt:    lab.LibvirtOptions{User: qemuUser, Virtlogd: true},
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		common = l
+	}
+	c := &cluster{t: t, lab: common, clients: make(map[string]*api.Client)}
+	for _, host := range common.Hosts() {
+		client, err := api.Dial(api.Target{Socket: common.AgentSocket(host)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.clients[host] = client
+		t.Cleanup(func() {
+			if err := client.Close(); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	return c
+}
+
+// in is the cluster for a subtest.
+func (c *cluster) in(t *testing.T) *cluster {
+	sub := *c
+	sub.t = t
+	t.Cleanup(func() {
+		if t.Failed() {
+			sub.showLogs()
+		}
+	})
+	return &sub
+}
+
+// showLogs prints the ends of the daemons' logs into that of a failed test.
+func (c *cluster) showLogs() {
+	for _, host := range c.lab.Hosts() {
+		for _, d := range c.lab.Daemons() {
+			b, err := os.ReadFile(c.lab.DaemonLog(host, d))
+			if err != nil || len(b) == 0 {
+				continue
+			}
+			lines := strings.Split(strings.TrimSpace(string(b)), "\n")
+			c.t.Logf("%s of %s:\n%s", d, host, strings.Join(lines[max(0, len(lines)-40):], "\n"))
+		}
+	}
+}
+
+// context ends when a test has waited long enough, even for its cleaning up.
+func (c *cluster) context() context.Context {
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	c.t.Cleanup(cancel)
+	return ctx
+}
+
+// start makes a guest, runs it on its host and sees to its end.
+func (c *cluster) start(spec lab.GuestSpec) lab.Guest {
+	c.t.Helper()
+	g, err := c.lab.StartGuest(c.t.Context(), spec, func(what string) { c.t.Log(what) })
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	return g
+}
+
+// remove ends a guest and checks that both hosts are as before it.
+func (c *cluster) remove(g lab.Guest) {
+	c.t.Helper()
+	if err := c.lab.RemoveGuest(c.context(), g.Name); err != nil {
+		c.t.Error(err)
+		return
+	}
+	c.nothingLeft(g, "")
+}
+
+// virsh runs a command of virsh on a host.
+func (c *cluster) virsh(host string, args ...string) string {
+	c.t.Helper()
+	out, err := c.lab.Output(c.context(), host, append([]string{"virsh"}, args...)...)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	return strings.TrimSpace(string(out))
+}
+
+// healthy has a guest check all of its memory and sees that it goes on, on this
+// host.
+func (c *cluster) healthy(g lab.Guest, host string) {
+	c.t.Helper()
+	v, err := c.lab.CheckGuest(c.context(), g.Name)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	if !v.OK || v.Host != host {
+		c.t.Fatalf("guest %s on %s, wanted on %s: %q", g.Name, v.Host, host, v.Problems)
+	}
+}
+
+// eventually waits for a condition that no event announces to a test.
+func (c *cluster) eventually(what string, ok func() error) {
+	c.t.Helper()
+	deadline := time.Now().Add(patience)
+	for {
+		err := ok()
+		if err == nil {
+			return
+		}
+		if time.Now().After(deadline) {
+			c.t.Fatalf("%s: not within %v: %v", what, patience, err)
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+}
+
+// guest asks a host's agent for a guest, nil if it has none of that name.
+func (c *cluster) guest(host, name string) (*lmctlv1.Guest, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	list, err := c.clients[host].Guests.List(ctx, &lmctlv1.ListGuestsRequest{})
+	if err != nil {
+		return nil, err
+	}
+	for _, g := range list.Guests {
+		if g.Name == name {
+			return g, nil
+		}
+	}
+	return nil, nil
+}
+
+// begin starts a migration and returns its id.
+func (c *cluster) begin(guest, from, to string, options *lmctlv1.MigrationOptions) (string, error) {
+	m, err := c.clients[from].Migrations.Start(c.t.Context(), &lmctlv1.StartMigrationRequest{Guest: guest, Destination: to, Options: options})
+	if err != nil {
+		return "", err
+	}
+	return m.Id, nil
+}
+
+// wait waits for a migration's end and returns its report.
+func (c *cluster) wait(host, id string) (*migrate.Report, error) {
+	stream, err := c.clients[host].Migrations.Watch(c.context(), &lmctlv1.MigrationRequest{Id: id})
+	if err != nil {
+		return nil, err
+	}
+	for {
+		m, err := stream.Recv()
+		if err != nil {
+			return nil, fmt.Errorf("watch migration %s: %w", id, err)
+		}
+		if m.Finished {
+			var r migrate.Report
+			return &r, json.Unmarshal(m.Report, &r)
+		}
+	}
+}
+
+// try migrates a guest, verifying, to its end.
+func (c *cluster) try(guest, from, to string) (*migrate.Report, error) {
+	id, err := c.begin(guest, from, to, &lmctlv1.MigrationOptions{Verify: true})
+	if err != nil {
+		return nil, err
+	}
+	return c.wait(from, id)
+}
+
+// move is try for a guest that must arrive, whole.
+func (c *cluster) move(g lab.Guest, from, to string) *migrate.Report {
+	c.t.Helper()
+	r, err := c.try(g.Name, from, to)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	if r.Result != migrate.Completed {
+		c.t.Fatalf("%s from %s to %s: %s: %s", g.Name, from, to, r.Result, r.Error)
+	}
+	if len(r.Passes) < 1 || len(r.Passes) > 8 || r.VerifiedPages*migrate.PageSize != r.RAMBytes || r.RAMBytes != g.Memory {
+		c.t.Errorf("%d passes, %d pages verified of %d bytes; the guest has %d", len(r.Passes), r.VerifiedPages, r.RAMBytes, g.Memory)
+	}
+	return r
+}

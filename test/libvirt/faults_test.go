@@ -1,0 +1,333 @@
+package libvirt
+
+import (
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/lmctl/lmctl/internal/api/lmctlv1"
+	"github.com/lmctl/lmctl/internal/lab"
+	"github.com/lmctl/lmctl/internal/lab/domain"
+	"github.com/lmctl/lmctl/migrate"
+)
+
+// point is a state of a migration, on one side, that agents are held at.
+type point struct {
+	role  string
+	state migrate.State
+}
+
+func (p point) String() string { return p.role + "-" + string(p.state) }
+
+func (p point) file() string {
+	return filepath.Join(failpoints(), p.role+"."+string(p.state))
+}
+
+// points are all states of a migration that succeeds.
+func points() []point {
+	var all []point
+	for _, s := range []migrate.State{
+		migrate.SourcePreparing, migrate.SourceTracking, migrate.SourceCopying, migrate.SourceSuspending,
+		migrate.SourceFinalCopy, migrate.SourceReadyWait, migrate.SourceCommitting, migrate.SourceCommitted,
+		migrate.SourceHandedOver, migrate.SourceReleasing,
+	} {
+		all = append(all, point{"source", s})
+	}
+	for _, s := range []migrate.State{
+		migrate.DestPreparing, migrate.DestReceiving, migrate.DestFinal, migrate.DestLoading,
+		migrate.DestReady, migrate.DestAccepted, migrate.DestRunning, migrate.DestOwned,
+	} {
+		all = append(all, point{"destination", s})
+	}
+	return all
+}
+
+// fault is something that goes wrong while a migration stands at a state.
+type fault struct {
+	name string
+	do   func(*cell)
+	undo func(*cell)     // restarts what died and heals what was cut
+	at   []migrate.State // where everybody's tests do it
+}
+
+var faults = []fault{
+	{"kill-source-agent", killer("host1", lab.Agent), starter("host1", lab.Agent),
+		[]migrate.State{migrate.SourceCopying, migrate.SourceFinalCopy, migrate.SourceCommitted}},
+	{"kill-destination-agent", killer("host2", lab.Agent), starter("host2", lab.Agent),
+		[]migrate.State{migrate.DestReceiving, migrate.DestReady, migrate.DestAccepted}},
+	{"kill-source-libvirtd", killer("host1", lab.Libvirtd), starter("host1", lab.Libvirtd),
+		[]migrate.State{migrate.SourceCopying, migrate.SourceFinalCopy, migrate.SourceReleasing}},
+	{"kill-destination-libvirtd", killer("host2", lab.Libvirtd), starter("host2", lab.Libvirtd),
+		[]migrate.State{migrate.DestReceiving, migrate.DestReady, migrate.DestOwned}},
+	{"kill-source-QEMU", func(c *cell) { c.killQEMU("host1") }, nil, []migrate.State{migrate.SourceCopying, migrate.SourceReadyWait}},
+	{"kill-destination-QEMU", func(c *cell) { c.killQEMU("host2") }, nil, []migrate.State{migrate.DestReceiving, migrate.DestReady}},
+	{"cut-link", (*cell).cut, (*cell).heal, []migrate.State{migrate.SourceFinalCopy}},
+	{"cancel", (*cell).cancel, nil, []migrate.State{migrate.SourceCopying, migrate.SourceReadyWait}},
+	{"virsh-destroy", (*cell).virshDestroy, nil, []migrate.State{migrate.SourceCopying}},
+	{"virsh-suspend", (*cell).virshSuspend, nil, []migrate.State{migrate.SourceCopying}},
+}
+
+// TestFaults holds a migration at states of either side, does each of the faults
+// to it, restarts and heals, and checks that the guest runs once, unharmed, or
+// is gone where it was killed, and that nothing else is left.
+func TestFaults(t *testing.T) {
+	c := newCluster(t)
+	var guest *lab.Guest
+	defer func() {
+		if guest != nil {
+			c.remove(*guest)
+		}
+	}()
+	for _, p := range points() {
+		for _, f := range faults {
+			if !all && !slices.Contains(f.at, p.state) {
+				continue
+			}
+			t.Run(p.String()+"/"+f.name, func(t *testing.T) {
+				m := &cell{cluster: c.in(t), point: p}
+				m.ready(guest)
+				guest = nil // unless it comes out of this well
+				if m.run(f) {
+					guest = &m.guest
+				}
+			})
+		}
+	}
+}
+
+// cell is one of the matrix.
+type cell struct {
+	*cluster
+	point point
+	guest lab.Guest
+	id    string
+
+	killed    map[string]bool // hosts whose copy was ended
+	ranAtKill bool            // the destination's copy, and its CPUs may have run
+	suspended bool            // another hand wanted it to stand still
+}
+
+// ready has a guest run on host1: the one of the cell before, moved back if need
+// be, or a new one.
+func (m *cell) ready(g *lab.Guest) {
+	m.killed = make(map[string]bool)
+	if g == nil {
+		m.guest = m.start(flatSpec("cell-"+strings.ToLower(rand.Text()[:8]), domain.Shape{}))
+		return
+	}
+	m.guest = *g
+	info, err := m.cluster.guest("host2", g.Name)
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	if info != nil {
+		m.move(*g, "host2", "host1")
+	}
+}
+
+// run does the fault and reports whether the guest runs on, having failed the
+// test if it should and does not.
+func (m *cell) run(f fault) (lives bool) {
+	file := m.point.file()
+	defer func() {
+		_ = os.Remove(file) // left by a cell that failed
+		_ = os.Remove(file + ".reached")
+		if !lives {
+			m.giveUp()
+		}
+	}()
+	w := m.watch()
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		m.t.Fatal(err)
+	}
+	var err error
+	if m.id, err = m.begin(m.guest.Name, "host1", "host2", &lmctlv1.MigrationOptions{}); err != nil {
+		m.t.Fatal(err)
+	}
+	m.eventually("the migration reaches "+m.point.String(), func() error {
+		_, err := os.Stat(file + ".reached")
+		return err
+	})
+	f.do(m)
+	if err := errors.Join(os.Remove(file), os.Remove(file+".reached")); err != nil {
+		m.t.Fatal(err)
+	}
+	if f.undo != nil {
+		f.undo(m)
+	}
+	host := m.settled()
+	if host != "" {
+		m.healthy(m.guest, host)
+	}
+	w.neverTwice()
+	m.nothingLeft(m.guest, host)
+	return host != "" && !m.t.Failed()
+}
+
+// giveUp ends a guest whose migration may still be under way, and daemons that
+// may still be dead.
+func (m *cell) giveUp() {
+	ctx := m.context()
+	if _, err := m.lab.StartDead(ctx); err != nil {
+		m.t.Error(err)
+	}
+	_, _ = m.clients["host1"].Migrations.Cancel(ctx, &lmctlv1.MigrationRequest{Id: m.id}) // it may have ended
+	for _, h := range m.lab.Hosts() {
+		for ctx.Err() == nil {
+			g, err := m.cluster.guest(h, m.guest.Name)
+			if err == nil && (g == nil || g.Migration == "" && g.Busy == "") {
+				break
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+	}
+	m.remove(m.guest)
+}
+
+// settled waits until both agents agree on where the guest is, and returns the
+// host that runs it, or none if it has ended.
+func (m *cell) settled() (host string) {
+	m.t.Helper()
+	m.eventually("both hosts settle", func() (err error) {
+		var running, ended []string
+		for _, h := range m.lab.Hosts() {
+			g, err := m.cluster.guest(h, m.guest.Name)
+			switch {
+			case err != nil:
+				return err
+			case g == nil:
+			case g.Busy != "" || g.Migration != "":
+				return fmt.Errorf("it is busy on %s: %s %s", h, g.Busy, g.Migration)
+			case g.Ownership.GetState() != "owned":
+				return fmt.Errorf("on %s it is %s, %s: %s", h, g.State, g.Ownership.GetState(), g.Advice)
+			case g.State == "running" && m.killed[h]:
+				return fmt.Errorf("%s has not noticed yet that its copy was ended", h)
+			case g.State == "paused" && m.suspended:
+				if _, err := m.lab.Output(m.context(), h, "virsh", "resume", m.guest.Name); err != nil {
+					return err
+				}
+				return errors.New("it stood still, as it was told")
+			case g.State == "running":
+				running = append(running, h)
+			case g.State == "stopped":
+				ended = append(ended, h)
+			default:
+				return fmt.Errorf("the guest is %s on %s: %s", g.State, h, g.Advice)
+			}
+		}
+		switch {
+		case len(running) == 1 && len(ended) == 0:
+			host = running[0]
+			return nil
+		case len(running) == 0 && len(ended) == 1 && m.mayHaveEnded(ended[0]):
+			host = ""
+			return nil
+		}
+		return fmt.Errorf("running on %q, ended on %q", running, ended)
+	})
+	return host
+}
+
+// mayHaveEnded says whether the guest may be dead on a host: only where its one
+// running copy was ended.
+func (m *cell) mayHaveEnded(host string) bool {
+	return m.killed[host] && (host == "host1" || m.ranAtKill)
+}
+
+func killer(host string, d lab.Daemon) func(*cell) {
+	return func(m *cell) {
+		if err := m.lab.KillDaemon(m.context(), host, d); err != nil {
+			m.t.Fatal(err)
+		}
+	}
+}
+
+func starter(host string, d lab.Daemon) func(*cell) {
+	return func(m *cell) { m.startDaemon(host, d) }
+}
+
+// killQEMU kills a host's copy of the guest, if there is one.
+func (m *cell) killQEMU(host string) {
+	pid, err := m.pid(m.guest, host)
+	if errors.Is(err, os.ErrNotExist) {
+		m.t.Logf("no copy on %s at this state", host)
+		return
+	}
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	if !slices.Contains(m.processes(m.guest), pid) {
+		m.t.Fatalf("process %d is not the guest's", pid)
+	}
+	if err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); err != nil {
+		m.t.Fatal(err)
+	}
+	m.eventually("QEMU ends", func() error {
+		if slices.Contains(m.processes(m.guest), pid) {
+			return fmt.Errorf("process %d is there", pid)
+		}
+		return nil
+	})
+	m.hasEnded(host)
+}
+
+func (m *cell) hasEnded(host string) {
+	m.killed[host] = true
+	// Where the word is out, the CPUs may have run when the end came.
+	m.ranAtKill = host == "host2" && slices.Contains([]migrate.State{
+		migrate.DestRunning, migrate.DestOwned, migrate.SourceHandedOver, migrate.SourceReleasing,
+	}, m.point.state)
+}
+
+// cut parts the hosts for longer than they wait for one another.
+func (m *cell) cut() {
+	if err := m.lab.Cut("host2"); err != nil {
+		m.t.Fatal(err)
+	}
+}
+
+// heal waits until the source has noticed before it heals.
+func (m *cell) heal() {
+	report, err := m.wait("host1", m.id)
+	if err := errors.Join(err, m.lab.Heal("host2")); err != nil {
+		m.t.Fatal(err)
+	}
+	m.t.Logf("cut off: %s", report.Result)
+}
+
+func (m *cell) cancel() {
+	if _, err := m.clients["host1"].Migrations.Cancel(m.t.Context(), &lmctlv1.MigrationRequest{Id: m.id}); err != nil {
+		m.t.Fatal(err)
+	}
+}
+
+// virshDestroy ends the source's copy by another hand.
+func (m *cell) virshDestroy() {
+	if _, err := m.lab.Output(m.context(), "host1", "virsh", "destroy", m.guest.Name); err != nil {
+		m.t.Logf("libvirt refuses: %v", err)
+		return
+	}
+	m.hasEnded("host1")
+}
+
+// virshSuspend has the source's copy stand still by another hand.
+func (m *cell) virshSuspend() {
+	if _, err := m.lab.Output(m.context(), "host1", "virsh", "suspend", m.guest.Name); err != nil {
+		m.t.Logf("libvirt refuses: %v", err)
+		return
+	}
+	m.suspended = true
+}

@@ -1,0 +1,77 @@
+// Package libvirt tests lmctl with the domains of real libvirtd's: agents of
+// their own on hosts in namespaces, each beside its host's libvirtd.
+package libvirt
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+
+	"github.com/lmctl/lmctl/guest/linux"
+	"github.com/lmctl/lmctl/internal/lab"
+)
+
+// all says that every shape and every cell of the matrix is wanted, which takes
+// longer than those who test everything have.
+var all = os.Getenv("LMCTL_LIBVIRT_ALL") != ""
+
+// work has the binary, an lmctl built with failpoints, and the lab.
+var work struct{ dir, binary string }
+
+// common is the lab of all tests, made by the first that wants it.
+var common *lab.Lab
+
+func TestMain(m *testing.M) { os.Exit(run(m)) }
+
+func run(m *testing.M) (code int) {
+	defer func() {
+		if err := tearDown(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			code = 1
+		}
+	}()
+	if err := setUp(context.Background()); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	return m.Run()
+}
+
+func setUp(ctx context.Context) (err error) {
+	if work.dir, err = os.MkdirTemp("", "lmctl-libvirt-"); err != nil {
+		return err
+	}
+	work.binary = filepath.Join(work.dir, "lmctl")
+	build := exec.CommandContext(ctx, "go", "build", "-tags", "failpoint", "-o", work.binary, "github.com/lmctl/lmctl/cmd/lmctl")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	build.Stderr = os.Stderr
+	if err := build.Run(); err != nil {
+		return fmt.Errorf("build lmctl: %w", err)
+	}
+	init, err := linux.BuildInit(ctx)
+	if err != nil {
+		return err
+	}
+	file := filepath.Join(work.dir, "init")
+	return errors.Join(os.WriteFile(file, init, 0o600), os.Setenv("LMCTL_GUEST_INIT", file), os.Mkdir(failpoints(), 0o700))
+}
+
+// failpoints is where agents look for the states that they are to stop at.
+func failpoints() string { return filepath.Join(work.dir, "failpoints") }
+
+func tearDown() error {
+	var err error
+	if common != nil {
+		ctx, cancel := context.WithTimeout(context.Background(), patience)
+		defer cancel()
+		err = lab.Down(ctx, common.Dir())
+	}
+	if err != nil {
+		return err // the lab's mounts may still be there
+	}
+	return os.RemoveAll(work.dir)
+}
