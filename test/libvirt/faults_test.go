@@ -66,7 +66,7 @@ var faults = []fault{
 	{"kill-source-libvirtd", killer("host1", lab.Libvirtd), starter("host1", lab.Libvirtd),
 		[]migrate.State{migrate.SourceCopying, migrate.SourceFinalCopy, migrate.SourceReleasing}},
 	{"kill-destination-libvirtd", killer("host2", lab.Libvirtd), starter("host2", lab.Libvirtd),
-		[]migrate.State{migrate.DestReceiving, migrate.DestReady, migrate.DestOwned}},
+		[]migrate.State{migrate.DestReceiving, migrate.DestReady}},
 	{"kill-source-QEMU", func(c *cell) { c.killQEMU("host1") }, nil, []migrate.State{migrate.SourceCopying, migrate.SourceReadyWait}},
 	{"kill-destination-QEMU", func(c *cell) { c.killQEMU("host2") }, nil, []migrate.State{migrate.DestReceiving, migrate.DestReady}},
 	{"cut-link", (*cell).cut, (*cell).heal, []migrate.State{migrate.SourceFinalCopy}},
