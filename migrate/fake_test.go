@@ -247,7 +247,12 @@ func (h *fakeHost) Prepare(_ context.Context, o Offer) (Shell, error) {
 	}
 	h.shell.lost = make(chan struct{})
 	for _, b := range slices.Backward(o.Blocks) { // in another order than the source's
-		h.shell.mem = append(h.shell.mem, memFile(h.t, b.Name, int(b.Size/PageSize)))
+		m := memFile(h.t, b.Name, int(b.Size/PageSize))
+		// What an earlier guest has left there must not become this one's.
+		if _, err := m.File.WriteAt(bytes.Repeat([]byte{0xee}, int(b.Size)), 0); err != nil {
+			h.t.Error(err)
+		}
+		h.shell.mem = append(h.shell.mem, m)
 	}
 	return h.shell, nil
 }

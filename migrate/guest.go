@@ -113,7 +113,7 @@ type Host interface {
 // Shell is a guest in the making at the destination.
 type Shell interface {
 	// Memory lists the shell's blocks, by the same names and sizes as the
-	// source's, all holes.
+	// source's. The engine makes holes of all of it before anything comes.
 	Memory() []Memory
 	// Answer is what the source's hypervisor is to know of the shell, for
 	// Guest.Prepared; nil for nothing.

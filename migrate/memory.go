@@ -43,6 +43,18 @@ func mapMemory(mem []Memory, writable bool) (blocks, error) {
 	return bs, nil
 }
 
+// clear makes holes of the blocks of a shell that has not run. Holes of the guest
+// are not sent, so that whatever were there would become its memory: a
+// hypervisor may have been given a file that an earlier guest has left.
+func (bs blocks) clear() error {
+	for _, b := range bs {
+		if err := unix.Fallocate(int(b.File.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, 0, b.Size); err != nil {
+			return fmt.Errorf("clear memory block %q: %w", b.Name, err)
+		}
+	}
+	return nil
+}
+
 func (bs blocks) unmap() {
 	for _, b := range bs {
 		// munmap of a whole mapping that we made cannot fail.

@@ -130,6 +130,10 @@ func (s *session) open(ctx context.Context) error {
 	if s.mem, err = mapMemory(memory, true); err != nil {
 		return err
 	}
+	if err := s.mem.clear(); err != nil {
+		s.mem.unmap()
+		return err
+	}
 	if err := s.r.Ledger.Prepare(ctx, s.offer.Handover); err != nil {
 		s.mem.unmap()
 		return fmt.Errorf("note the shell: %w", err)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"sync"
 	"time"
@@ -126,7 +127,17 @@ func (s *Shell) loadState(ctx context.Context, r io.Reader) error {
 	s.mu.Lock()
 	s.finished = true
 	s.mu.Unlock()
-	return errors.Join(copied, conn.Close(), ctx.Err())
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	if copied != nil {
+		// QEMU has all it wants, and has closed its end before ours.
+		_, copied = io.Copy(io.Discard, r)
+	}
+	if err := conn.Close(); err != nil && !errors.Is(err, net.ErrClosed) {
+		return err
+	}
+	return copied
 }
 
 // finish ends libvirt's migration here: with the domain paused, or gone.
