@@ -21,6 +21,7 @@ import (
 	"github.com/lmctl/lmctl/dirtymap"
 	"github.com/lmctl/lmctl/internal/api/lmctlv1"
 	"github.com/lmctl/lmctl/internal/pki"
+	"github.com/lmctl/lmctl/internal/sys"
 )
 
 const (
@@ -95,7 +96,7 @@ func checkQEMU(ctx context.Context) *lmctlv1.CheckLine {
 }
 
 func (a *Agent) checkMemory() *lmctlv1.CheckLine {
-	total, available, err := memory()
+	total, available, err := sys.Memory()
 	if err != nil {
 		return line("memory", fail, err.Error(), "mount /proc")
 	}

@@ -1,7 +1,6 @@
 package agent
 
 import (
-	"bufio"
 	"context"
 	"fmt"
 	"maps"
@@ -9,7 +8,6 @@ import (
 	"os/exec"
 	"runtime"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -22,6 +20,7 @@ import (
 	"github.com/lmctl/lmctl/internal/api"
 	"github.com/lmctl/lmctl/internal/api/lmctlv1"
 	"github.com/lmctl/lmctl/internal/hypervisor"
+	"github.com/lmctl/lmctl/internal/sys"
 )
 
 // hostService is what operators may ask about hosts.
@@ -109,7 +108,7 @@ func (a *Agent) hostFacts(ctx context.Context) *lmctlv1.Host {
 	var err error
 	h.HypervisorVersion, err = qemuVersion(ctx)
 	problem(err)
-	h.MemoryBytes, h.MemoryAvailableBytes, err = memory()
+	h.MemoryBytes, h.MemoryAvailableBytes, err = sys.Memory()
 	problem(err)
 	h.Kvm = openKVM() == nil
 	if a.identity != nil {
@@ -173,33 +172,6 @@ func askQEMU(ctx context.Context) (string, error) {
 	}
 	version, _, _ := strings.Cut(rest, " ")
 	return version, nil
-}
-
-// memory is the host's, all of it and what is available, in bytes.
-func memory() (total, available int64, err error) {
-	f, err := os.Open("/proc/meminfo")
-	if err != nil {
-		return 0, 0, err
-	}
-	defer f.Close()
-	lines := bufio.NewScanner(f)
-	for lines.Scan() {
-		fields := strings.Fields(lines.Text())
-		if len(fields) < 2 {
-			continue
-		}
-		kib, err := strconv.ParseInt(fields[1], 10, 64)
-		if err != nil {
-			continue // not one of ours
-		}
-		switch fields[0] {
-		case "MemTotal:":
-			total = kib << 10
-		case "MemAvailable:":
-			available = kib << 10
-		}
-	}
-	return total, available, lines.Err()
 }
 
 // openKVM says why /dev/kvm cannot be used.

@@ -256,3 +256,20 @@ func TestPidfdOfSomethingElse(t *testing.T) {
 		t.Errorf("no process: %v", err)
 	}
 }
+
+func TestParseMeminfo(t *testing.T) {
+	total, available, err := ParseMeminfo([]byte("MemTotal: 9 kB\nMemAvailable:    2048 kB\nHugePages_Total: 0\n"))
+	if err != nil || total != 9<<10 || available != 2<<20 {
+		t.Errorf("%d, %d, %v", total, available, err)
+	}
+	for _, bad := range []string{
+		"", "MemTotal: 9 kB\nMemAvailable: x kB\n", "MemTotal: 9 kB\nMemAvailable: 1 MB\n", "MemAvailable: 1 kB\n", "MemTotal: 9 kB\n",
+	} {
+		if _, _, err := ParseMeminfo([]byte(bad)); err == nil {
+			t.Errorf("ParseMeminfo(%q) succeeded", bad)
+		}
+	}
+	if total, available, err := Memory(); err != nil || available <= 0 || available > total {
+		t.Errorf("this machine: %d of %d, %v", available, total, err)
+	}
+}

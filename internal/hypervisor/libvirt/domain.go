@@ -45,7 +45,7 @@ type domain struct {
 	shell     *Shell // our own, while it is one
 	listener  *queue[happening]
 	learners  *nics.Learners
-	brought   map[string]cardFacts // what the host it came from knew of its cards
+	brought   map[string]nics.Facts // what the host it came from knew of its cards
 }
 
 // files are a domain's on this host.

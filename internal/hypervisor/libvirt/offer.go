@@ -9,10 +9,13 @@ import (
 	"io"
 	"os"
 	"regexp"
+	"slices"
+	"strings"
 
 	lv "github.com/digitalocean/go-libvirt"
 	"libvirt.org/go/libvirtxml"
 
+	"github.com/lmctl/lmctl/internal/hypervisor/nics"
 	"github.com/lmctl/lmctl/internal/hypervisor/storage"
 )
 
@@ -24,17 +27,17 @@ const maxOffer = 4 << 20
 
 // offer is what the destination gets to know of a domain.
 type offer struct {
-	Version    int                  `json:"version"`
-	Hypervisor string               `json:"hypervisor"` // libvirt
-	XML        string               `json:"xml"`        // by which libvirt makes the domain
-	Cookie     []byte               `json:"cookie"`     // of Begin3
-	Persistent string               `json:"persistent,omitempty"`
-	Autostart  bool                 `json:"autostart,omitempty"`
-	QEMU       uint64               `json:"qemu"`    // version: major × 1000000 + minor × 1000 + micro
-	Libvirt    uint64               `json:"libvirt"` // likewise
-	PageSize   int                  `json:"page_size"`
-	Files      []storage.Facts      `json:"files"`
-	Cards      map[string]cardFacts `json:"cards"` // by MAC, learnt addresses too
+	Version    int                   `json:"version"`
+	Hypervisor string                `json:"hypervisor"` // libvirt
+	XML        string                `json:"xml"`        // by which libvirt makes the domain
+	Cookie     []byte                `json:"cookie"`     // of Begin3
+	Persistent string                `json:"persistent,omitempty"`
+	Autostart  bool                  `json:"autostart,omitempty"`
+	QEMU       uint64                `json:"qemu"`    // version: major × 1000000 + minor × 1000 + micro
+	Libvirt    uint64                `json:"libvirt"` // likewise
+	PageSize   int                   `json:"page_size"`
+	Files      []storage.Facts       `json:"files"`
+	Cards      map[string]nics.Facts `json:"cards"` // by MAC, learnt addresses too
 }
 
 // Definition describes the domain to the destination: it has libvirt begin a
@@ -68,7 +71,7 @@ func (s *Guest) offer(ctx context.Context, l *link) (*offer, error) {
 		return nil, fmt.Errorf("libvirt cannot migrate it: %w", err)
 	}
 	s.xml = b.xml
-	o := &offer{Version: offerVersion, Hypervisor: "libvirt", XML: b.xml, Cookie: b.cookie, PageSize: os.Getpagesize(), Cards: map[string]cardFacts{}}
+	o := &offer{Version: offerVersion, Hypervisor: "libvirt", XML: b.xml, Cookie: b.cookie, PageSize: os.Getpagesize(), Cards: nics.FactsOf(s.g.cards())}
 	if o.Persistent, o.Autostart, err = s.g.persistence(ctx, l); err != nil {
 		return nil, err
 	}
@@ -77,9 +80,6 @@ func (s *Guest) offer(ctx context.Context, l *link) (*offer, error) {
 	}
 	if o.Libvirt, err = l.ConnectGetLibVersion(); err != nil {
 		return nil, err
-	}
-	for _, c := range s.g.cards() {
-		o.Cards[c.MAC.String()] = cardFacts{Addresses: c.Addresses, Router: c.Router}
 	}
 	var x libvirtxml.Domain
 	if err := x.Unmarshal(b.xml); err != nil {
@@ -146,5 +146,14 @@ func parseOffer(data []byte) (*offer, *libvirtxml.Domain, error) {
 	if err := x.Unmarshal(o.XML); err != nil {
 		return nil, nil, fmt.Errorf("domain XML: %w", err)
 	}
+	if err := nics.Check(o.Cards, func(mac string) bool { return hasCard(&x, mac) }); err != nil {
+		return nil, nil, err
+	}
 	return &o, &x, nil
+}
+
+func hasCard(x *libvirtxml.Domain, mac string) bool {
+	return x.Devices != nil && slices.ContainsFunc(x.Devices.Interfaces, func(i libvirtxml.DomainInterface) bool {
+		return i.MAC != nil && strings.EqualFold(i.MAC.Address, mac)
+	})
 }

@@ -32,9 +32,13 @@ func TestParseOffer(t *testing.T) {
 		t.Fatalf("%+v, %v", o, err)
 	}
 	for want, text := range map[string][]byte{
-		"version 2":             validOffer(t, func(m map[string]any) { m["version"] = 2 }),
-		"unknown field":         validOffer(t, func(m map[string]any) { m["teleport"] = true }),
-		"without libvirt":       validOffer(t, func(m map[string]any) { m["hypervisor"] = "qemu" }),
+		"version 2":       validOffer(t, func(m map[string]any) { m["version"] = 2 }),
+		"unknown field":   validOffer(t, func(m map[string]any) { m["teleport"] = true }),
+		"without libvirt": validOffer(t, func(m map[string]any) { m["hypervisor"] = "qemu" }),
+		"address 224.0.0.1": validOffer(t, func(m map[string]any) {
+			m["cards"] = map[string]any{"52:54:00:12:34:56": map[string]any{"addresses": []string{"224.0.0.1"}}}
+		}),
+		"a card":                validOffer(t, func(m map[string]any) { m["cards"] = map[string]any{"52:54:00:00:00:01": map[string]any{}} }),
 		"domain XML":            validOffer(t, func(m map[string]any) { m["xml"] = "<domain" }),
 		"something follows":     append(validOffer(t, nil), '1'),
 		"more than":             []byte(strings.Repeat(" ", maxOffer+1)),

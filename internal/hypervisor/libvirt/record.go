@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/lmctl/lmctl/internal/hypervisor"
+	"github.com/lmctl/lmctl/internal/hypervisor/nics"
 )
 
 // suspensionRecord is on disk from before a domain is suspended until it runs
@@ -28,9 +29,9 @@ type shellRecord struct {
 	UUID string `json:"uuid"`
 	// Persistent is the XML by which it is to be defined here, empty if it is to
 	// stay transient.
-	Persistent string               `json:"persistent,omitempty"`
-	Autostart  bool                 `json:"autostart,omitempty"`
-	Cards      map[string]cardFacts `json:"cards,omitempty"`
+	Persistent string                `json:"persistent,omitempty"`
+	Autostart  bool                  `json:"autostart,omitempty"`
+	Cards      map[string]nics.Facts `json:"cards,omitempty"`
 }
 
 // write replaces a file, for an agent that dies now to leave for the next. It

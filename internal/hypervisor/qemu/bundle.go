@@ -7,10 +7,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"regexp"
 	"slices"
 
+	"github.com/lmctl/lmctl/internal/hypervisor/nics"
 	"github.com/lmctl/lmctl/internal/hypervisor/storage"
 )
 
@@ -23,16 +23,16 @@ const maxBundle = 1 << 20
 // bundle is what the destination gets to know of a guest: how it was started,
 // and what the source sees, to be compared.
 type bundle struct {
-	Version     int                  `json:"version"`
-	Definition  string               `json:"definition"` // YAML
-	Machine     string               `json:"machine"`    // versioned
-	Accelerator Accelerator          `json:"accelerator"`
-	CPU         string               `json:"cpu"`  // as given to QEMU
-	QEMU        string               `json:"qemu"` // version
-	Guest       cpuFacts             `json:"guest_cpu"`
-	PageSize    int                  `json:"page_size"`
-	Files       []storage.Facts      `json:"files"`
-	Cards       map[string]cardFacts `json:"cards"` // by MAC, learnt addresses too
+	Version     int                   `json:"version"`
+	Definition  string                `json:"definition"` // YAML
+	Machine     string                `json:"machine"`    // versioned
+	Accelerator Accelerator           `json:"accelerator"`
+	CPU         string                `json:"cpu"`  // as given to QEMU
+	QEMU        string                `json:"qemu"` // version
+	Guest       cpuFacts              `json:"guest_cpu"`
+	PageSize    int                   `json:"page_size"`
+	Files       []storage.Facts       `json:"files"`
+	Cards       map[string]nics.Facts `json:"cards"` // by MAC, learnt addresses too
 }
 
 // Definition describes the guest to the destination.
@@ -67,14 +67,10 @@ func (v *vm) bundle(ctx context.Context, mon *monitor) (*bundle, error) {
 	if err != nil {
 		return nil, err
 	}
-	cards := make(map[string]cardFacts)
-	for _, n := range described {
-		cards[n.MAC.String()] = cardFacts{Addresses: n.Addresses, Router: n.Router}
-	}
 	return &bundle{
 		Version: bundleVersion, Definition: string(text),
 		Machine: run.Machine, Accelerator: run.Accelerator, CPU: run.CPU, QEMU: mon.version.String(),
-		Guest: *cpu, PageSize: pageSize, Files: facts, Cards: cards,
+		Guest: *cpu, PageSize: pageSize, Files: facts, Cards: nics.FactsOf(described),
 	}, nil
 }
 
@@ -121,24 +117,7 @@ func (b *bundle) check(def *Definition) error {
 	case len(b.Guest.Words) > 1024:
 		return fmt.Errorf("%d words of CPUID", len(b.Guest.Words))
 	}
-	return b.checkCards(def)
-}
-
-// maxAddresses bounds those of one card.
-const maxAddresses = 256
-
-func (b *bundle) checkCards(def *Definition) error {
-	for text, card := range b.Cards {
-		mac, err := net.ParseMAC(text)
-		known := err == nil && slices.ContainsFunc(def.NICs, func(n NIC) bool { return n.MAC == mac.String() })
-		if !known || len(card.Addresses) > maxAddresses {
-			return fmt.Errorf("%d addresses of a card %q", len(card.Addresses), text)
-		}
-		for _, a := range card.Addresses {
-			if !a.IsValid() || a.Zone() != "" || a.IsUnspecified() || a.IsMulticast() {
-				return fmt.Errorf("address %s of card %s", a, text)
-			}
-		}
-	}
-	return nil
+	return nics.Check(b.Cards, func(mac string) bool {
+		return slices.ContainsFunc(def.NICs, func(n NIC) bool { return n.MAC == mac })
+	})
 }

@@ -171,17 +171,6 @@ func TestParseStat(t *testing.T) {
 	}
 }
 
-func TestParseMemAvailable(t *testing.T) {
-	if n, err := parseMemAvailable([]byte("MemTotal: 9 kB\nMemAvailable:    2048 kB\n")); err != nil || n != 2<<20 {
-		t.Errorf("%d, %v", n, err)
-	}
-	for _, bad := range []string{"", "MemAvailable: x kB\n", "MemAvailable: 1 MB\n"} {
-		if _, err := parseMemAvailable([]byte(bad)); err == nil {
-			t.Errorf("parseMemAvailable(%q) succeeded", bad)
-		}
-	}
-}
-
 func TestTapName(t *testing.T) {
 	a, b := tapName("01234567-89ab-cdef-0123-456789abcdef", 0), tapName("01234567-89ab-cdef-0123-456789abcdef", 1)
 	if a == b || len(a) > 15 || a != tapName("01234567-89ab-cdef-0123-456789abcdef", 0) {

@@ -10,6 +10,7 @@ import (
 
 	"github.com/lmctl/lmctl/internal/hypervisor"
 	"github.com/lmctl/lmctl/internal/hypervisor/storage"
+	"github.com/lmctl/lmctl/internal/sys"
 	"github.com/lmctl/lmctl/migrate"
 )
 
@@ -118,7 +119,7 @@ func (d *Driver) examine(ctx context.Context, b *bundle, def *Definition) (*runR
 func (d *Driver) examineMemory(need int64) []string {
 	var reasons []string
 	promised := d.promisedMemory()
-	available, err := memAvailable()
+	_, available, err := sys.Memory()
 	switch {
 	case err != nil:
 		reasons = append(reasons, err.Error())

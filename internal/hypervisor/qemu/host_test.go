@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/lmctl/lmctl/internal/hypervisor"
+	"github.com/lmctl/lmctl/internal/hypervisor/nics"
 	"github.com/lmctl/lmctl/migrate"
 )
 
@@ -68,7 +69,7 @@ func TestPrepareRefuses(t *testing.T) {
 		{"odd machine", func(b *bundle) { b.Machine = "pc,accel=kvm" }, []string{`machine type "pc,accel=kvm"`}},
 		{"odd CPU", func(b *bundle) { b.CPU = "max -S" }, []string{`CPU model "max -S"`}},
 		{"odd accelerator", func(b *bundle) { b.Accelerator = "hvf" }, []string{`accelerator "hvf"`}},
-		{"foreign card", func(b *bundle) { b.Cards = map[string]cardFacts{"52:54:00:00:00:09": {}} }, []string{"52:54:00:00:00:09"}},
+		{"foreign card", func(b *bundle) { b.Cards = map[string]nics.Facts{"52:54:00:00:00:09": {}} }, []string{"52:54:00:00:00:09"}},
 		{"another guest", swap("name: flat", "name: other"), []string{"the description is of guest other"}},
 	}
 	for _, test := range tests {

@@ -5,17 +5,10 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"slices"
 
 	"github.com/lmctl/lmctl/internal/hypervisor/nics"
 	"github.com/lmctl/lmctl/migrate/announce"
 )
-
-// cardFacts is what is known of a card beside its definition.
-type cardFacts struct {
-	Addresses []netip.Addr `json:"addresses,omitempty"`
-	Router    bool         `json:"router,omitempty"` // the guest is an IPv6 router
-}
 
 // cards describes the guest's cards with all that is known of them by now.
 func (v *vm) cards() ([]announce.NIC, error) {
@@ -26,17 +19,7 @@ func (v *vm) cards() ([]announce.NIC, error) {
 	if err != nil {
 		return nil, err
 	}
-	for i := range cards {
-		card := &cards[i]
-		more := brought[card.MAC.String()]
-		learnt, router := learners.Known(card.MAC.String())
-		card.Router = more.Router || router
-		for _, a := range slices.Concat(more.Addresses, learnt) {
-			if !slices.Contains(card.Addresses, a) {
-				card.Addresses = append(card.Addresses, a)
-			}
-		}
-	}
+	nics.Complete(cards, learners, brought)
 	return cards, nil
 }
 

@@ -4,6 +4,7 @@ import (
 	"time"
 
 	"github.com/lmctl/lmctl/internal/hypervisor"
+	"github.com/lmctl/lmctl/internal/hypervisor/nics"
 )
 
 // record is what the driver keeps of a guest beside its definition.
@@ -19,7 +20,7 @@ type record struct {
 	Released bool `json:"released,omitempty"`
 	// Cards is what the host where the guest came from knew of its cards, by
 	// MAC.
-	Cards map[string]cardFacts `json:"cards,omitempty"`
+	Cards map[string]nics.Facts `json:"cards,omitempty"`
 }
 
 // runRecord is what was chosen when the guest was started; it stays with the
