@@ -51,7 +51,7 @@ func (a *Agent) newDriver() (hypervisor.Driver, error) {
 func (a *Agent) copyOf(name string) (c ledger.Copy, shell bool) {
 	info, err := a.driver.Get(name)
 	switch {
-	case err == nil && info.State == hypervisor.StateUnreachable:
+	case err == nil && info.State == hypervisor.StateUnreachable, err != nil && !a.connected():
 		return ledger.UnknownCopy, false
 	case err != nil || info.PID == 0:
 		return ledger.NoCopy, false

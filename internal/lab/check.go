@@ -309,8 +309,7 @@ func (l *Lab) stopped(ctx context.Context, g Guest) error {
 		if err != nil {
 			return nil // not what is asked here; waiting goes on
 		}
-		// A domain that libvirt is just starting is stopped too, and has not ended.
-		if shown.State == "stopped" && shown.GetEnd().GetCause() != "" {
+		if shown.State == "stopped" {
 			return errors.New("guest " + g.Name + " has ended: " + shown.GetEnd().GetCause() + " " + shown.GetEnd().GetDetail() + "; see " + shown.ConsoleLog + " and " + shown.LogPath)
 		}
 		return nil

@@ -60,8 +60,14 @@ func (d *Driver) filesOf(id string) files {
 	return files{filepath.Join(d.cfg.RunDir, "libvirt", id)}
 }
 
+// newDomain is one of which nothing is known before the first look but what our
+// own migrations have left of it on disk.
 func (d *Driver) newDomain(name, id string) *domain {
-	return &domain{d: d, name: name, uuid: id, files: d.filesOf(id), state: hypervisor.StateStopped}
+	files := d.filesOf(id)
+	return &domain{
+		d: d, name: name, uuid: id, files: files, state: hypervisor.StateUnreachable,
+		suspended: there(files.suspension()), incoming: there(files.shell()),
+	}
 }
 
 // ref is how libvirt's calls name the domain.
@@ -102,6 +108,8 @@ func (g *domain) stateNow() hypervisor.State {
 		return hypervisor.StateRemoved
 	case g.lost && g.state != hypervisor.StateStopped:
 		return hypervisor.StateUnreachable
+	case g.state == hypervisor.StateUnreachable && g.shell == nil:
+		return g.state // what its files say is not known to be true
 	case g.incoming:
 		return hypervisor.StateIncoming
 	case g.suspended && g.state != hypervisor.StateStopped:

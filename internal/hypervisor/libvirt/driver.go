@@ -48,6 +48,7 @@ type Driver struct {
 	wg   sync.WaitGroup
 
 	watchers hypervisor.Watchers
+	swept    bool // what an earlier agent left was taken up; of the connection's goroutine
 
 	mu      sync.Mutex
 	domains map[string]*domain // by name
@@ -96,32 +97,32 @@ func setDefault(s *string, value string) {
 // left of its migrations. It fails if libvirtd cannot be reached by the time
 // that ctx ends or the first attempt has failed; the driver goes on trying.
 func (d *Driver) Adopt(ctx context.Context) error {
-	first := make(chan error, 1)
-	once := func(err error) {
-		select {
-		case first <- err:
-		default:
-		}
-	}
+	failed := make(chan error, 1)
 	d.wg.Go(func() {
-		d.conn.keep(d.ctx, func(l *link) error {
-			err := d.meet(l)
-			once(err)
-			return err
-		}, func(err error) {
-			once(err)
+		d.conn.keep(d.ctx, d.meet, func(err error) {
+			select {
+			case failed <- err:
+			default:
+			}
 			d.part(err)
 		})
 	})
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	met := make(chan error, 1)
+	go func() {
+		_, err := d.conn.await(ctx)
+		met <- err
+	}()
+	var err error
 	select {
-	case err := <-first:
-		if err != nil {
-			return fmt.Errorf("libvirt: %s: %w", d.cfg.URI, err)
-		}
-	case <-ctx.Done():
-		return fmt.Errorf("libvirt: %s: %w", d.cfg.URI, context.Cause(ctx))
+	case err = <-failed:
+	case err = <-met:
 	}
-	return d.sweep()
+	if err != nil {
+		return fmt.Errorf("libvirt: %s: %w", d.cfg.URI, err)
+	}
+	return nil
 }
 
 // Close ends the connection and lets the domains go on.

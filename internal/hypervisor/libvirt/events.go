@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"iter"
 	"sync"
 	"time"
 
@@ -43,13 +44,30 @@ func (k *link) follow(g *domain) error {
 	}
 	k.subs[g.uuid] = true
 	g.d.wg.Go(func() {
-		for e := range events {
+		for e := range until(g.d.ctx, events) {
 			if status := statusOf(e); status != "" {
 				g.d.hear(e.Domain.Name, happening{what: status, at: sentAt(e)})
 			}
 		}
 	})
 	return nil
+}
+
+// until passes what comes on until ctx ends. A libvirtd that hangs must not hold
+// up the driver's end; go-libvirt queues what nobody takes.
+func until[T any](ctx context.Context, from <-chan T) iter.Seq[T] {
+	return func(yield func(T) bool) {
+		for {
+			select {
+			case e, ok := <-from:
+				if !ok || !yield(e) {
+					return
+				}
+			case <-ctx.Done():
+				return
+			}
+		}
+	}
 }
 
 // statusOf is the state of a migration that an event tells of, or nothing.

@@ -125,12 +125,13 @@ func (d *Driver) buildShell(ctx context.Context, l *link, o *offer, x *libvirtxm
 	parameters := []lv.TypedParam{
 		text("destination_name", g.name), text("destination_xml", o.XML), text("migrate_uri", "unix://"+s.socket),
 	}
-	// Only now is there anything to end.
-	s.prepared = true
 	s.cookie, err = call(ctx, l, func(l *link) ([]byte, error) {
 		cookie, _, err := l.DomainMigratePrepare3Params(parameters, o.Cookie, uint32(migrateFlags))
 		return cookie, err
 	})
+	// Where libvirt has refused, what there may be of the domain is another
+	// hand's; where it did not answer, it may be ours.
+	s.prepared = err == nil || ctx.Err() != nil || errors.Is(err, errDisconnected)
 	if err != nil {
 		return nil, fmt.Errorf("libvirt cannot take it: %w", err)
 	}

@@ -7,10 +7,12 @@ import (
 	"net"
 
 	lv "github.com/digitalocean/go-libvirt"
+	"github.com/dustin/go-humanize"
 	"libvirt.org/go/libvirtxml"
 
 	"github.com/lmctl/lmctl/internal/hypervisor"
 	"github.com/lmctl/lmctl/internal/hypervisor/storage"
+	"github.com/lmctl/lmctl/internal/sys"
 	"github.com/lmctl/lmctl/migrate"
 )
 
@@ -201,6 +203,7 @@ func (d *Driver) examine(ctx context.Context, l *link, o *offer, x *libvirtxml.D
 		}
 	}
 	reasons = append(reasons, bridgeReasons(x)...)
+	reasons = append(reasons, d.memoryShort(o)...)
 	version, err := l.ConnectGetVersion()
 	if err != nil {
 		return nil, err
@@ -210,6 +213,25 @@ func (d *Driver) examine(ctx context.Context, l *link, o *offer, x *libvirtxml.D
 	}
 	names, err := d.nameReasons(ctx, l, x)
 	return append(reasons, names...), err
+}
+
+// memoryShort says whether the domain's memory is more than this host has. Its
+// holes may never be filled, but nobody can tell now.
+func (d *Driver) memoryShort(o *offer) []string {
+	f, err := parseFacts(o.XML)
+	if err != nil {
+		return []string{err.Error()}
+	}
+	_, available, err := sys.Memory()
+	if err != nil {
+		return []string{err.Error()}
+	}
+	if available-d.cfg.MemoryReserve >= f.memory {
+		return nil
+	}
+	words := func(n int64) string { return humanize.IBytes(uint64(max(n, 0))) }
+	return []string{fmt.Sprintf("this host has %s of memory available, of which %s stay in reserve, and the guest needs %s; free some, or choose another host",
+		words(available), words(d.cfg.MemoryReserve), words(f.memory))}
 }
 
 // versionWords writes a version as libvirt counts it.

@@ -10,7 +10,6 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/lmctl/lmctl/internal/hypervisor"
 	"github.com/lmctl/lmctl/internal/hypervisor/nics"
 )
 
@@ -125,21 +124,16 @@ func (g *domain) takeUp() error {
 	if err := os.RemoveAll(g.files.stream()); err != nil {
 		return err
 	}
-	suspended := there(g.files.suspension())
-	if !there(g.files.shell()) {
-		g.tell(func() { g.suspended = suspended })
+	var r shellRecord
+	err := read(g.files.shell(), &r)
+	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
-	var r shellRecord
-	if err := read(g.files.shell(), &r); err != nil {
+	if err != nil {
 		return err
 	}
-	running := false
-	g.tell(func() {
-		running = g.state == hypervisor.StateRunning
-		g.incoming, g.brought = !running, r.Cards
-	})
-	if running {
+	g.tell(func() { g.brought = r.Cards })
+	if g.runs() {
 		// It was told to run, and the rest is still to be done.
 		g.d.wg.Go(func() { g.settleIn(r) })
 	}

@@ -103,11 +103,11 @@ func (p *suspension) end(ctx context.Context) error {
 func (g *domain) revive(ctx context.Context, l *link) error {
 	var refused error
 	for {
-		state, _, err := l.DomainGetState(g.ref(), 0)
+		state, _, err := g.stateAt(ctx, l)
 		if err != nil {
 			return errors.Join(refused, err)
 		}
-		switch s, _ := stateOf(lv.DomainState(state), 0); s {
+		switch state {
 		case hypervisor.StateRunning:
 			return nil
 		case hypervisor.StateStopped:
@@ -203,14 +203,14 @@ const keepAtSource = lv.DomainUndefineKeepNvram | lv.DomainUndefineManagedSave |
 // removeCopy ends a domain that runs elsewhere and forgets it.
 func (g *domain) removeCopy(ctx context.Context, l *link) error {
 	for {
-		state, _, err := l.DomainGetState(g.ref(), 0)
+		state, _, err := g.stateAt(ctx, l)
 		if isCode(err, lv.ErrNoDomain) {
 			return g.vanished()
 		}
 		if err != nil {
 			return err
 		}
-		switch s, _ := stateOf(lv.DomainState(state), 0); s {
+		switch state {
 		case hypervisor.StateRunning:
 			return errors.New("it runs here, by another hand")
 		case hypervisor.StateStopped:

@@ -196,15 +196,18 @@ func (s *Shell) run(ctx context.Context) error {
 	if err == nil {
 		return nil
 	}
-	state, _, stateErr := l.DomainGetState(s.g.ref(), 0)
-	switch now, _ := stateOf(lv.DomainState(state), 0); {
+	if ctx.Err() != nil || errors.Is(err, errDisconnected) {
+		s.ran = true // libvirt did not answer, and may be about to
+		return err
+	}
+	state, _, stateErr := s.g.stateAt(ctx, l)
+	switch {
 	case stateErr != nil:
 		s.ran = true // it may
 		return errors.Join(err, stateErr)
-	case now == hypervisor.StateRunning:
+	case state == hypervisor.StateRunning:
 		return nil
-	case s.ran || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded):
-		s.ran = true // libvirt may be about to
+	case s.ran:
 		return err
 	}
 	return errors.Join(notStarted(err), removeFile(s.g.files.resumed()))
@@ -300,14 +303,14 @@ func (s *Shell) destroy(ctx context.Context) error {
 		return err
 	}
 	for {
-		state, _, err := l.DomainGetState(s.g.ref(), 0)
+		state, _, err := s.g.stateAt(ctx, l)
 		if isCode(err, lv.ErrNoDomain) {
 			return s.g.vanished()
 		}
 		if err != nil {
 			return err
 		}
-		if now, _ := stateOf(lv.DomainState(state), 0); now == hypervisor.StateRunning {
+		if state == hypervisor.StateRunning {
 			return errRan
 		}
 		err = do(ctx, l, func(l *link) error { return l.DomainDestroy(s.g.ref()) })

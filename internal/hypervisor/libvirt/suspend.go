@@ -83,11 +83,11 @@ func (s *Guest) unchanged(ctx context.Context, l *link) error {
 	if now != s.like {
 		return errChanged
 	}
-	state, _, err := l.DomainGetState(s.g.ref(), 0)
+	state, word, err := s.g.stateAt(ctx, l)
 	if err != nil {
 		return err
 	}
-	if st, word := stateOf(lv.DomainState(state), 0); st != hypervisor.StateRunning {
+	if state != hypervisor.StateRunning {
 		return fmt.Errorf("%w (%s)", errGuestEnded, word)
 	}
 	return nil
@@ -217,9 +217,7 @@ func (s *Guest) failure(ctx context.Context) error {
 	return err
 }
 
-// attended says whether the libvirtd that began the migration is there. One that
-// starts anew breaks the migration off and has the domain run here, which must
-// not be once it is handed over.
+// attended says whether the libvirtd that began the migration is there.
 func (p *suspension) attended() error {
 	select {
 	case <-p.l.Disconnected():
@@ -230,7 +228,10 @@ func (p *suspension) attended() error {
 }
 
 // SaveState returns when all of the device state has gone to the writer of
-// Suspend.
+// Suspend, and libvirt holds its part for done. Before that, a libvirtd that
+// starts anew breaks the migration off and has the domain run here, which must
+// not be once it is handed over; after it, it leaves the domain standing. The
+// destination loads meanwhile.
 func (s *Guest) SaveState(ctx context.Context) error {
 	if err := s.saveState(ctx); err != nil {
 		return fmt.Errorf("save the device state of guest %s: %w", s.g.name, err)
@@ -243,7 +244,8 @@ func (s *Guest) saveState(ctx context.Context) error {
 	if p == nil {
 		return errors.New("it was not suspended")
 	}
-	for {
+	streamed, performed := p.stream.done, p.performed
+	for streamed != nil || performed != nil {
 		for h, ok, _ := p.heard.take(); ok; h, ok, _ = p.heard.take() {
 			if h.what == "failed" || h.what == "cancelled" || h.what == "cancelling" {
 				return s.failure(ctx)
@@ -251,12 +253,18 @@ func (s *Guest) saveState(ctx context.Context) error {
 		}
 		select {
 		case <-p.heard.wake:
-		case <-p.stream.done:
-			// QEMU closes its end when it has completed, or has failed: what
-			// its destination makes of the state tells which.
-			return errors.Join(p.stream.err, p.attended())
+		case <-streamed:
+			// QEMU closes its end when it has completed, or has failed.
+			if streamed = nil; p.stream.err != nil {
+				return s.failure(ctx)
+			}
+		case <-performed:
+			if performed = nil; p.err != nil {
+				return s.failure(ctx)
+			}
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		}
 	}
+	return p.attended()
 }

@@ -29,7 +29,7 @@ func (d *Driver) meet(l *link) error {
 	todo := newQueue[lv.DomainEventLifecycleMsg]()
 	d.wg.Go(func() {
 		defer todo.close()
-		for e := range events {
+		for e := range until(d.ctx, events) {
 			if lv.DomainEventType(e.Event) == lv.DomainEventSuspended {
 				d.hear(e.Dom.Name, happening{what: suspendedEvent, at: time.Now()})
 			}
@@ -62,13 +62,22 @@ func (d *Driver) meet(l *link) error {
 		}
 	}
 	d.wg.Go(func() { d.warm(l) })
+	if !d.swept {
+		d.swept = true
+		if err := d.sweep(); err != nil {
+			d.log.Error("what an earlier agent left of its migrations", "error", err)
+		}
+	}
 	return nil
 }
 
 // warm has libvirtd find out what its QEMU can do: it takes seconds the first
 // time, which would be a migration's.
 func (d *Driver) warm(l *link) {
-	if _, err := l.ConnectGetDomainCapabilities(nil, nil, nil, nil, 0); err != nil {
+	_, err := call(d.ctx, l, func(l *link) (string, error) {
+		return l.ConnectGetDomainCapabilities(nil, nil, nil, nil, 0)
+	})
+	if err != nil {
 		d.log.Debug("libvirt's capabilities", "error", err)
 	}
 }
@@ -93,7 +102,12 @@ func (d *Driver) part(cause error) {
 // happened acts on a lifecycle event.
 func (d *Driver) happened(l *link, e lv.DomainEventLifecycleMsg) {
 	g := d.of(e.Dom)
-	if lv.DomainEventType(e.Event) == lv.DomainEventStopped {
+	switch lv.DomainEventType(e.Event) {
+	case lv.DomainEventStarted:
+		g.mu.Lock()
+		g.started = time.Now()
+		g.mu.Unlock()
+	case lv.DomainEventStopped:
 		g.stopped(lv.DomainEventStoppedDetailType(e.Detail))
 	}
 	ctx, cancel := context.WithTimeout(d.ctx, lookTimeout)
@@ -144,15 +158,11 @@ func exitOf(p *process) (cause hypervisor.EndCause, signal, status int) {
 	}
 	timer := time.NewTimer(exitGrace)
 	defer timer.Stop()
-	select {
-	case <-p.ended:
-	case <-timer.C:
-	}
 	var ws *unix.WaitStatus
 	select {
 	case <-p.ended:
 		ws = p.exit
-	default:
+	case <-timer.C:
 	}
 	switch {
 	case ws == nil:
@@ -187,19 +197,32 @@ func (g *domain) ask(ctx context.Context, l *link) error {
 	if err != nil {
 		return err
 	}
-	state, reason, err := l.DomainGetState(dom, 0)
+	state, word, err := g.stateAt(ctx, l)
 	if err != nil {
 		return err
 	}
-	return g.seen(f, lv.DomainState(state), lv.DomainPausedReason(reason))
+	return g.seen(f, state, word)
+}
+
+// stateAt is the domain's state by libvirt, and libvirt's word for it.
+func (g *domain) stateAt(ctx context.Context, l *link) (hypervisor.State, string, error) {
+	type answer struct{ state, reason int32 }
+	a, err := call(ctx, l, func(l *link) (answer, error) {
+		state, reason, err := l.DomainGetState(g.ref(), 0)
+		return answer{state, reason}, err
+	})
+	if err != nil {
+		return "", "", err
+	}
+	state, word := stateOf(lv.DomainState(a.state), lv.DomainPausedReason(a.reason))
+	return state, word, nil
 }
 
 // seen takes over what libvirt says.
-func (g *domain) seen(f facts, s lv.DomainState, reason lv.DomainPausedReason) error {
-	state, word := stateOf(s, reason)
+func (g *domain) seen(f facts, state hypervisor.State, word string) error {
 	active := state != hypervisor.StateStopped
 	g.mu.Lock()
-	old, learners, before := g.proc, g.learners, g.state
+	old, learners := g.proc, g.learners
 	g.mu.Unlock()
 	proc := old
 	var errs []error
@@ -231,9 +254,6 @@ func (g *domain) seen(f facts, s lv.DomainState, reason lv.DomainPausedReason) e
 		g.facts, g.state, g.runstate, g.proc, g.learners = f, state, word, proc, keep
 		g.obstacles = obstacles
 		if active {
-			if before == hypervisor.StateStopped {
-				g.started = time.Now()
-			}
 			g.end = nil
 		}
 		if state == hypervisor.StateRunning {
