@@ -67,6 +67,11 @@ var faults = []fault{
 		[]migrate.State{migrate.SourceCopying, migrate.SourceFinalCopy, migrate.SourceReleasing}},
 	{"kill-destination-libvirtd", killer("host2", lab.Libvirtd), starter("host2", lab.Libvirtd),
 		[]migrate.State{migrate.DestReceiving, migrate.DestReady}},
+	// The agent comes back before its libvirtd, and can ask nobody.
+	{"kill-source-agent-and-libvirtd", killer("host1", lab.Agent, lab.Libvirtd), starter("host1", lab.Agent, lab.Libvirtd),
+		[]migrate.State{migrate.SourceFinalCopy, migrate.SourceCommitted}},
+	{"kill-destination-agent-and-libvirtd", killer("host2", lab.Agent, lab.Libvirtd), starter("host2", lab.Agent, lab.Libvirtd),
+		[]migrate.State{migrate.DestReady}},
 	{"kill-source-QEMU", func(c *cell) { c.killQEMU("host1") }, nil, []migrate.State{migrate.SourceCopying, migrate.SourceReadyWait}},
 	{"kill-destination-QEMU", func(c *cell) { c.killQEMU("host2") }, nil, []migrate.State{migrate.DestReceiving, migrate.DestReady}},
 	{"cut-link", (*cell).cut, (*cell).heal, []migrate.State{migrate.SourceFinalCopy}},
@@ -242,16 +247,22 @@ func (m *cell) mayHaveEnded(host string) bool {
 	return m.killed[host] && (host == "host1" || m.ranAtKill)
 }
 
-func killer(host string, d lab.Daemon) func(*cell) {
+func killer(host string, daemons ...lab.Daemon) func(*cell) {
 	return func(m *cell) {
-		if err := m.lab.KillDaemon(m.context(), host, d); err != nil {
-			m.t.Fatal(err)
+		for _, d := range daemons {
+			if err := m.lab.KillDaemon(m.context(), host, d); err != nil {
+				m.t.Fatal(err)
+			}
 		}
 	}
 }
 
-func starter(host string, d lab.Daemon) func(*cell) {
-	return func(m *cell) { m.startDaemon(host, d) }
+func starter(host string, daemons ...lab.Daemon) func(*cell) {
+	return func(m *cell) {
+		for _, d := range daemons {
+			m.startDaemon(host, d)
+		}
+	}
 }
 
 // killQEMU kills a host's copy of the guest, if there is one.

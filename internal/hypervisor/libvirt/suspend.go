@@ -18,6 +18,7 @@ import (
 type suspension struct {
 	l         *link // the connection on which it was called, and is to be confirmed
 	stream    *stateStream
+	held      *heldWriter // between the stream and the destination, until SaveState
 	heard     *queue[happening]
 	performed chan struct{} // closed when Perform3 has returned
 	err       error         // of Perform3, valid then
@@ -110,11 +111,12 @@ func (s *Guest) perform(l *link, w io.Writer) error {
 	if err != nil {
 		return err
 	}
-	stream, err := forward(outgoingSocket(dir), s.proc, w)
+	held := &heldWriter{w: w}
+	stream, err := forward(outgoingSocket(dir), s.proc, held)
 	if err != nil {
 		return err
 	}
-	p := &suspension{l: l, stream: stream, heard: newQueue[happening](), performed: make(chan struct{})}
+	p := &suspension{l: l, stream: stream, held: held, heard: newQueue[happening](), performed: make(chan struct{})}
 	s.suspension = p
 	s.g.listen(p.heard)
 	parameters := []lv.TypedParam{
@@ -243,6 +245,9 @@ func (s *Guest) saveState(ctx context.Context) error {
 	p := s.suspension
 	if p == nil {
 		return errors.New("it was not suspended")
+	}
+	if err := p.held.release(); err != nil {
+		return err
 	}
 	streamed, performed := p.stream.done, p.performed
 	for streamed != nil || performed != nil {
