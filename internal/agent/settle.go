@@ -69,7 +69,7 @@ func (s *settler) begin(ctx context.Context) {
 		names[info.Name] = true
 	}
 	for name := range names {
-		if s.a.ledger.Owns(name) == nil {
+		if s.a.ledger.Owns(name) == nil && s.a.connected() {
 			if err := s.restoreDefinition(name); err != nil {
 				s.a.log.Error("a guest of this host cannot be defined again", "guest", name, "error", err)
 			}

@@ -134,6 +134,11 @@ func (c *cluster) startDaemon(host string, d lab.Daemon) {
 	if err := c.lab.StartDaemon(c.context(), host, d); err != nil {
 		c.t.Fatal(err)
 	}
+	if runs, err := c.lab.DaemonRuns(host, lab.Libvirtd); err != nil {
+		c.t.Fatal(err)
+	} else if !runs {
+		return // the agent has nobody to ask yet
+	}
 	c.eventually("the agent of "+host+" has a libvirtd", func() error {
 		names := strings.Fields(c.virsh(host, "list", "--all", "--name"))
 		for _, name := range names {

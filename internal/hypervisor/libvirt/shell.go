@@ -200,6 +200,11 @@ func (s *Shell) run(ctx context.Context) error {
 		s.ran = true // libvirt did not answer, and may be about to
 		return err
 	}
+	if isCode(err, lv.ErrNoDomain) {
+		// It ended before libvirt was asked. Other errors may come from one that
+		// ended when its CPUs had begun.
+		return notStarted(err)
+	}
 	state, _, stateErr := s.g.stateAt(ctx, l)
 	switch {
 	case stateErr != nil:
