@@ -7,6 +7,7 @@ import (
 	"os"
 
 	"github.com/lmctl/lmctl/internal/api/lmctlv1"
+	"github.com/lmctl/lmctl/internal/hypervisor/libvirt"
 )
 
 // minimumLibvirt and minimumLibvirtQEMU are the oldest that are tested, as
@@ -37,13 +38,13 @@ func (a *Agent) checkLibvirtd(ctx context.Context) *lmctlv1.CheckLine {
 	if !ok {
 		return line("libvirt", fail, "this agent has no libvirt driver", "")
 	}
-	libvirt, qemu, err := d.About(ctx)
+	lib, qemu, err := d.About(ctx)
 	if err != nil {
 		return line("libvirt", fail, err.Error(), "start libvirtd (systemctl start libvirtd), or set libvirt.uri")
 	}
-	words := func(v uint64) string { return fmt.Sprintf("%d.%d.%d", v/1000000, v/1000%1000, v%1000) }
-	detail := fmt.Sprintf("libvirt %s with QEMU %s at %s", words(libvirt), words(qemu), a.cfg.Libvirt.URI)
-	if libvirt < minimumLibvirt || qemu < minimumLibvirtQEMU {
+	words := libvirt.VersionWords
+	detail := fmt.Sprintf("libvirt %s with QEMU %s at %s", words(lib), words(qemu), a.cfg.Libvirt.URI)
+	if lib < minimumLibvirt || qemu < minimumLibvirtQEMU {
 		return line("libvirt", warn, detail, fmt.Sprintf("versions before libvirt %s and QEMU %s are not tested: upgrade", words(minimumLibvirt), words(minimumLibvirtQEMU)))
 	}
 	return line("libvirt", pass, detail, "")

@@ -1,6 +1,9 @@
 package libvirt
 
-import "context"
+import (
+	"context"
+	"fmt"
+)
 
 // About says which libvirt and QEMU this host has, as libvirt counts versions:
 // major × 1000000 + minor × 1000 + micro.
@@ -14,4 +17,9 @@ func (d *Driver) About(ctx context.Context) (libvirt, qemu uint64, err error) {
 	}
 	qemu, err = call(ctx, l, func(l *link) (uint64, error) { return l.ConnectGetVersion() })
 	return libvirt, qemu, err
+}
+
+// VersionWords writes a version as libvirt counts it.
+func VersionWords(v uint64) string {
+	return fmt.Sprintf("%d.%d.%d", v/1000000, v/1000%1000, v%1000)
 }

@@ -209,7 +209,7 @@ func (d *Driver) examine(ctx context.Context, l *link, o *offer, x *libvirtxml.D
 		return nil, err
 	}
 	if version < o.QEMU {
-		reasons = append(reasons, fmt.Sprintf("QEMU %s here is older than the source's %s; upgrade it", versionWords(version), versionWords(o.QEMU)))
+		reasons = append(reasons, fmt.Sprintf("QEMU %s here is older than the source's %s; upgrade it", VersionWords(version), VersionWords(o.QEMU)))
 	}
 	names, err := d.nameReasons(ctx, l, x)
 	return append(reasons, names...), err
@@ -232,11 +232,6 @@ func (d *Driver) memoryShort(o *offer) []string {
 	words := func(n int64) string { return humanize.IBytes(uint64(max(n, 0))) }
 	return []string{fmt.Sprintf("this host has %s of memory available, of which %s stay in reserve, and the guest needs %s; free some, or choose another host",
 		words(available), words(d.cfg.MemoryReserve), words(f.memory))}
-}
-
-// versionWords writes a version as libvirt counts it.
-func versionWords(v uint64) string {
-	return fmt.Sprintf("%d.%d.%d", v/1000000, v/1000%1000, v%1000)
 }
 
 // bridgeReasons names the bridges that this host lacks.
