@@ -12,6 +12,7 @@ import (
 
 	"github.com/lmctl/lmctl/internal/hypervisor"
 	"github.com/lmctl/lmctl/internal/hypervisor/nics"
+	"github.com/lmctl/lmctl/internal/hypervisor/queue"
 )
 
 // domain is a libvirt domain as the driver knows it.
@@ -43,7 +44,7 @@ type domain struct {
 	suspended bool
 	incoming  bool
 	shell     *Shell // our own, while it is one
-	listener  *queue[happening]
+	listener  *queue.Queue[happening]
 	learners  *nics.Learners
 	brought   map[string]nics.Facts // what the host it came from knew of its cards
 }

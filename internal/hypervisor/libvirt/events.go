@@ -9,6 +9,8 @@ import (
 	"time"
 
 	lv "github.com/digitalocean/go-libvirt"
+
+	"github.com/lmctl/lmctl/internal/hypervisor/queue"
 )
 
 // link is one connection with the events that come over it. A subscription lasts
@@ -96,12 +98,12 @@ func (d *Driver) hear(name string, h happening) {
 	q := g.listener
 	g.mu.Unlock()
 	if q != nil {
-		q.put(h)
+		q.Put(h)
 	}
 }
 
 // listen has what happens go to a queue, or to nobody.
-func (g *domain) listen(q *queue[happening]) {
+func (g *domain) listen(q *queue.Queue[happening]) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.listener = q

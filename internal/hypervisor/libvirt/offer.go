@@ -1,12 +1,10 @@
 package libvirt
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"regexp"
 	"slices"
@@ -15,6 +13,7 @@ import (
 	lv "github.com/digitalocean/go-libvirt"
 	"libvirt.org/go/libvirtxml"
 
+	"github.com/lmctl/lmctl/internal/hypervisor"
 	"github.com/lmctl/lmctl/internal/hypervisor/nics"
 	"github.com/lmctl/lmctl/internal/hypervisor/storage"
 )
@@ -118,26 +117,23 @@ func (g *domain) likeness(ctx context.Context, l *link) (string, error) {
 	return balloon.ReplaceAllString(text, ""), nil
 }
 
+var errWithout = errors.New("the source runs it without libvirt; set hypervisor to the same on both hosts")
+
 // parseOffer reads what another host says of a domain. Nothing in it is trusted
 // to be right, nor to name a file that we should read.
 func parseOffer(data []byte) (*offer, *libvirtxml.Domain, error) {
-	if len(data) > maxOffer {
-		return nil, nil, fmt.Errorf("it has %d bytes, more than %d", len(data), maxOffer)
-	}
-	var kind struct {
-		Hypervisor string `json:"hypervisor"`
-	}
-	if err := json.Unmarshal(data, &kind); err == nil && kind.Hypervisor != "libvirt" {
-		return nil, nil, errors.New("the source runs it without libvirt; set hypervisor to the same on both hosts")
-	}
-	dec := json.NewDecoder(bytes.NewReader(data))
-	dec.DisallowUnknownFields()
 	var o offer
-	if err := dec.Decode(&o); err != nil {
+	if err := hypervisor.DecodeStrict(data, maxOffer, &o); err != nil {
+		var other struct {
+			Hypervisor string `json:"hypervisor"`
+		}
+		if len(data) <= maxOffer && json.Unmarshal(data, &other) == nil && other.Hypervisor != "libvirt" {
+			err = errWithout
+		}
 		return nil, nil, err
 	}
-	if _, err := dec.Token(); !errors.Is(err, io.EOF) {
-		return nil, nil, errors.New("something follows it")
+	if o.Hypervisor != "libvirt" {
+		return nil, nil, errWithout
 	}
 	if o.Version != offerVersion {
 		return nil, nil, fmt.Errorf("it has version %d, not %d; run the same lmctl on both hosts", o.Version, offerVersion)

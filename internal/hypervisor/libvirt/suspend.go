@@ -11,6 +11,7 @@ import (
 
 	"github.com/lmctl/lmctl/internal/hypervisor"
 	"github.com/lmctl/lmctl/internal/hypervisor/nics"
+	"github.com/lmctl/lmctl/internal/hypervisor/queue"
 )
 
 // suspension is a domain's migration as QEMU and libvirt see it: from the call
@@ -19,7 +20,7 @@ type suspension struct {
 	l         *link // the connection on which it was called, and is to be confirmed
 	stream    *stateStream
 	held      *heldWriter // between the stream and the destination, until SaveState
-	heard     *queue[happening]
+	heard     *queue.Queue[happening]
 	performed chan struct{} // closed when Perform3 has returned
 	err       error         // of Perform3, valid then
 }
@@ -116,7 +117,7 @@ func (s *Guest) perform(l *link, w io.Writer) error {
 	if err != nil {
 		return err
 	}
-	p := &suspension{l: l, stream: stream, held: held, heard: newQueue[happening](), performed: make(chan struct{})}
+	p := &suspension{l: l, stream: stream, held: held, heard: queue.New[happening](), performed: make(chan struct{})}
 	s.suspension = p
 	s.g.listen(p.heard)
 	parameters := []lv.TypedParam{
@@ -150,7 +151,7 @@ func (s *Guest) awaitStop(ctx context.Context) (time.Time, error) {
 	defer hurry.Stop()
 	performed, streamed := p.performed, p.stream.done
 	for {
-		for h, ok, _ := p.heard.take(); ok; h, ok, _ = p.heard.take() {
+		for h, ok, _ := p.heard.Take(); ok; h, ok, _ = p.heard.Take() {
 			switch h.what {
 			case suspendedEvent:
 				stopped = earlier(stopped, h.at)
@@ -165,7 +166,7 @@ func (s *Guest) awaitStop(ctx context.Context) (time.Time, error) {
 			}
 		}
 		select {
-		case <-p.heard.wake:
+		case <-p.heard.Woken():
 		case <-performed:
 			if p.err != nil {
 				return time.Time{}, s.failure(ctx)
@@ -251,13 +252,13 @@ func (s *Guest) saveState(ctx context.Context) error {
 	}
 	streamed, performed := p.stream.done, p.performed
 	for streamed != nil || performed != nil {
-		for h, ok, _ := p.heard.take(); ok; h, ok, _ = p.heard.take() {
+		for h, ok, _ := p.heard.Take(); ok; h, ok, _ = p.heard.Take() {
 			if h.what == "failed" || h.what == "cancelled" || h.what == "cancelling" {
 				return s.failure(ctx)
 			}
 		}
 		select {
-		case <-p.heard.wake:
+		case <-p.heard.Woken():
 		case <-streamed:
 			// QEMU closes its end when it has completed, or has failed.
 			if streamed = nil; p.stream.err != nil {

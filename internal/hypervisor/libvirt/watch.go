@@ -11,6 +11,7 @@ import (
 
 	"github.com/lmctl/lmctl/internal/hypervisor"
 	"github.com/lmctl/lmctl/internal/hypervisor/nics"
+	"github.com/lmctl/lmctl/internal/hypervisor/queue"
 )
 
 // lookTimeout bounds a look at a domain.
@@ -26,19 +27,19 @@ func (d *Driver) meet(l *link) error {
 	// The events are taken from now on and acted on after the list.
 	listed := make(chan struct{})
 	defer close(listed)
-	todo := newQueue[lv.DomainEventLifecycleMsg]()
+	todo := queue.New[lv.DomainEventLifecycleMsg]()
 	d.wg.Go(func() {
-		defer todo.close()
+		defer todo.Close()
 		for e := range until(d.ctx, events) {
 			if lv.DomainEventType(e.Event) == lv.DomainEventSuspended {
 				d.hear(e.Dom.Name, happening{what: suspendedEvent, at: time.Now()})
 			}
-			todo.put(e)
+			todo.Put(e)
 		}
 	})
 	d.wg.Go(func() {
 		<-listed
-		todo.all(d.ctx, func(e lv.DomainEventLifecycleMsg) { d.happened(l, e) })
+		todo.All(d.ctx, func(e lv.DomainEventLifecycleMsg) { d.happened(l, e) })
 	})
 	doms, _, err := l.ConnectListAllDomains(1, 0)
 	if err != nil {

@@ -1,15 +1,14 @@
 package qemu
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"regexp"
 	"slices"
 
+	"github.com/lmctl/lmctl/internal/hypervisor"
 	"github.com/lmctl/lmctl/internal/hypervisor/nics"
 	"github.com/lmctl/lmctl/internal/hypervisor/storage"
 )
@@ -79,17 +78,9 @@ var versionText = regexp.MustCompile(`^[0-9]{1,3}\.[0-9]{1,3}\.[0-9]{1,3}$`)
 // parseBundle reads what another host says of a guest. Nothing in it is
 // trusted to be right, nor to be a file that we should read.
 func parseBundle(data []byte) (*bundle, *Definition, error) {
-	if len(data) > maxBundle {
-		return nil, nil, fmt.Errorf("it has %d bytes, more than %d", len(data), maxBundle)
-	}
-	dec := json.NewDecoder(bytes.NewReader(data))
-	dec.DisallowUnknownFields()
 	var b bundle
-	if err := dec.Decode(&b); err != nil {
+	if err := hypervisor.DecodeStrict(data, maxBundle, &b); err != nil {
 		return nil, nil, err
-	}
-	if _, err := dec.Token(); !errors.Is(err, io.EOF) {
-		return nil, nil, errors.New("something follows it")
 	}
 	if b.Version != bundleVersion {
 		return nil, nil, fmt.Errorf("it has version %d, not %d; run the same lmctl on both hosts", b.Version, bundleVersion)

@@ -1,4 +1,4 @@
-package libvirt
+package queue
 
 import (
 	"context"
@@ -7,20 +7,20 @@ import (
 )
 
 func TestQueue(t *testing.T) {
-	q := newQueue[int]()
+	q := New[int]()
 	go func() {
 		for i := range 1000 {
-			q.put(i)
+			q.Put(i)
 		}
-		q.close()
-		q.put(-1) // too late
+		q.Close()
+		q.Put(-1) // too late
 	}()
 	var got []int
-	q.all(t.Context(), func(i int) { got = append(got, i) })
+	q.All(t.Context(), func(i int) { got = append(got, i) })
 	if len(got) != 1000 || !slices.IsSorted(got) || got[999] != 999 {
 		t.Errorf("%d items: %v", len(got), got)
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	newQueue[int]().all(ctx, func(int) { t.Error("an item out of nowhere") })
+	New[int]().All(ctx, func(int) { t.Error("an item out of nowhere") })
 }
