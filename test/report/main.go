@@ -8,8 +8,8 @@
 //
 //	report summary FILE
 //
-// prints the tests that were skipped, and one line that counts how many ran, on
-// what, and what was skipped and why. Where CI=true it exits with 1 if a test
+// prints the tests that were skipped, those that failed with what they said, and
+// one line that counts how many ran, on what, and what was skipped and why. Where CI=true it exits with 1 if a test
 // was skipped for another reason than that the machine itself cannot; see
 // internal/testenv.
 package main
@@ -22,6 +22,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 
 	"github.com/lmctl/lmctl/internal/testenv"
 )
@@ -99,7 +100,7 @@ func summary(path string) (status int, err error) {
 	if testenv.CI() {
 		objections = t.objections()
 	}
-	for _, line := range append(t.skipLines(), objections...) {
+	for _, line := range slices.Concat(t.skipLines(), t.failLines(), objections) {
 		fmt.Println(line)
 	}
 	fmt.Println(t.line())

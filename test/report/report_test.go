@@ -77,10 +77,38 @@ func TestTally(t *testing.T) {
 		t.Errorf("skipped: %q", got)
 	}
 	lines = []string{
+		"failed: example.org/sample/b.TestBad",
+		"    b_test.go:3: before",
+		"failed: example.org/sample/b.TestBad/sub",
+		"    b_test.go:3: got 1, want 2",
+		"failed: example.org/sample/b.TestPanic",
+		"failed as a whole: example.org/sample/d",
+	}
+	if got := tally.failLines(); !slices.Equal(got, lines) {
+		t.Errorf("failed: %q", got)
+	}
+	lines = []string{
 		"not allowed in CI: example.org/sample/a.TestRaw was skipped for what the machine could have: do not feel like it",
 	}
 	if got := tally.objections(); !slices.Equal(got, lines) {
 		t.Errorf("objections: %q", got)
+	}
+}
+
+// A process that ends in the middle of a test is told of with its last words.
+func TestTallyOfTheEnded(t *testing.T) {
+	in := `{"Action":"run","Package":"p","Test":"TestA"}
+{"Action":"output","Package":"p","Test":"TestA","Output":"panic: test timed out after 1s\n"}
+{"Action":"output","Package":"p","Output":"FAIL\tp\t1.0s\n"}
+{"Action":"fail","Package":"p"}
+`
+	tally, err := tallyOf(strings.NewReader(in))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []string{"never ended: p.TestA", "failed as a whole: p: panic: test timed out after 1s"}
+	if got := tally.failLines(); !slices.Equal(got, want) {
+		t.Errorf("got %q, want %q", got, want)
 	}
 }
 

@@ -31,18 +31,20 @@ type test struct {
 	parent bool   // has subtests
 	fuzz   bool
 	attrs  map[string][]string
-	said   string // the last line before the verdict
+	said   string   // the last line before the verdict
+	told   []string // what it told of itself, a line each: errors, and what it logged
 }
 
 // tally counts a run.
 type tally struct {
 	tests  map[string]*test
-	failed map[string]bool // packages
-	broken []string        // packages that failed without a test that did
+	failed map[string]bool   // packages
+	broken []string          // packages that failed without a test that did
+	ends   map[string]string // package to the word with which its process ended
 }
 
 func tallyOf(r io.Reader) (*tally, error) {
-	t := &tally{tests: make(map[string]*test), failed: make(map[string]bool)}
+	t := &tally{tests: make(map[string]*test), failed: make(map[string]bool), ends: make(map[string]string)}
 	return t, readEvents(r, t.event, nil)
 }
 
@@ -52,6 +54,9 @@ func (t *tally) event(e event) {
 			t.broken = append(t.broken, e.Package)
 		}
 		t.failed[e.Package] = true
+	}
+	if e.Action == "output" && t.ends[e.Package] == "" && isEnd(e.Output) {
+		t.ends[e.Package] = strings.TrimSpace(e.Output)
 	}
 	if e.Test == "" {
 		return
@@ -67,7 +72,20 @@ func (t *tally) event(e event) {
 		if line != "" && !strings.HasPrefix(line, "=== ") && !strings.HasPrefix(line, "--- ") {
 			x.said = line
 		}
+		if position.MatchString(line) {
+			x.told = append(x.told, line)
+		}
 	}
+}
+
+// isEnd finds the line that says why a test's process did not get to its end.
+func isEnd(line string) bool {
+	for _, prefix := range []string{"panic: ", "fatal error: ", "WARNING: DATA RACE", "signal: ", "*** Test killed"} {
+		if strings.HasPrefix(line, prefix) {
+			return true
+		}
+	}
+	return false
 }
 
 func (t *tally) get(pkg, name string) *test {
@@ -121,6 +139,39 @@ func (t *tally) skipLines() []string {
 	var lines []string
 	for _, x := range t.skipped() {
 		lines = append(lines, fmt.Sprintf("skipped: %s: %s", x.name, x.reason()))
+	}
+	return lines
+}
+
+// How much of a test that failed the end of a run repeats.
+const (
+	mostTold   = 12
+	longestOne = 400 // bytes
+)
+
+// failLines say what failed, and repeat what it told of itself: the end of a
+// long log is all that some have of it.
+func (t *tally) failLines() []string {
+	var lines []string
+	for _, name := range slices.Sorted(maps.Keys(t.tests)) {
+		x := t.tests[name]
+		verdict := map[string]string{"fail": "failed", "": "never ended"}[x.over]
+		if verdict == "" || x.parent && len(x.told) == 0 {
+			continue
+		}
+		lines = append(lines, verdict+": "+x.name)
+		if over := len(x.told) - mostTold; over > 0 {
+			lines = append(lines, fmt.Sprintf("    (%d lines above)", over))
+		}
+		for _, told := range x.told[max(0, len(x.told)-mostTold):] {
+			lines = append(lines, "    "+told[:min(len(told), longestOne)])
+		}
+	}
+	for _, name := range t.broken {
+		if end := t.ends[name]; end != "" {
+			name += ": " + end
+		}
+		lines = append(lines, "failed as a whole: "+name)
 	}
 	return lines
 }
