@@ -57,9 +57,9 @@ func (c *cluster) round(g lab.Guest) {
 		c.t.Errorf("wanted persistent %s, autostart %s:\n%s", persistent, autostart, about)
 	}
 	c.virsh("host2", back...)
+	c.known(g, "host1") // virsh does not wait until the agents have heard of it
 	c.healthy(g, "host1")
 	c.nothingLeft(g, "host1")
-	c.known(g, "host1")
 }
 
 // known waits until the agents have seen where virsh has moved a guest.
