@@ -75,7 +75,7 @@ func (x CheckLine_Verdict) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use CheckLine_Verdict.Descriptor instead.
 func (CheckLine_Verdict) EnumDescriptor() ([]byte, []int) {
-	return file_lmctl_proto_rawDescGZIP(), []int{30, 0}
+	return file_lmctl_proto_rawDescGZIP(), []int{32, 0}
 }
 
 type GuestRequest struct {
@@ -1103,6 +1103,8 @@ type MigrationOptions struct {
 	Streams        *int32                 `protobuf:"varint,4,opt,name=streams,proto3,oneof" json:"streams,omitempty"`
 	Verify         bool                   `protobuf:"varint,5,opt,name=verify,proto3" json:"verify,omitempty"`
 	Timeout        *durationpb.Duration   `protobuf:"bytes,6,opt,name=timeout,proto3" json:"timeout,omitempty"`
+	Mode           string                 `protobuf:"bytes,7,opt,name=mode,proto3" json:"mode,omitempty"` // direct or relay; empty for the best that the guest can have
+	Compress       bool                   `protobuf:"varint,8,opt,name=compress,proto3" json:"compress,omitempty"`
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
@@ -1179,6 +1181,166 @@ func (x *MigrationOptions) GetTimeout() *durationpb.Duration {
 	return nil
 }
 
+func (x *MigrationOptions) GetMode() string {
+	if x != nil {
+		return x.Mode
+	}
+	return ""
+}
+
+func (x *MigrationOptions) GetCompress() bool {
+	if x != nil {
+		return x.Compress
+	}
+	return false
+}
+
+// MigrationVerdict is what a migration would meet.
+type MigrationVerdict struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Mode          string                 `protobuf:"bytes,1,opt,name=mode,proto3" json:"mode,omitempty"` // in which the guest would move; empty if in none
+	ModeReason    string                 `protobuf:"bytes,2,opt,name=mode_reason,json=modeReason,proto3" json:"mode_reason,omitempty"`
+	Source        []*CheckLine           `protobuf:"bytes,3,rep,name=source,proto3" json:"source,omitempty"`
+	Destination   []*CheckLine           `protobuf:"bytes,4,rep,name=destination,proto3" json:"destination,omitempty"`
+	Ok            bool                   `protobuf:"varint,5,opt,name=ok,proto3" json:"ok,omitempty"` // no line fails
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MigrationVerdict) Reset() {
+	*x = MigrationVerdict{}
+	mi := &file_lmctl_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MigrationVerdict) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MigrationVerdict) ProtoMessage() {}
+
+func (x *MigrationVerdict) ProtoReflect() protoreflect.Message {
+	mi := &file_lmctl_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MigrationVerdict.ProtoReflect.Descriptor instead.
+func (*MigrationVerdict) Descriptor() ([]byte, []int) {
+	return file_lmctl_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *MigrationVerdict) GetMode() string {
+	if x != nil {
+		return x.Mode
+	}
+	return ""
+}
+
+func (x *MigrationVerdict) GetModeReason() string {
+	if x != nil {
+		return x.ModeReason
+	}
+	return ""
+}
+
+func (x *MigrationVerdict) GetSource() []*CheckLine {
+	if x != nil {
+		return x.Source
+	}
+	return nil
+}
+
+func (x *MigrationVerdict) GetDestination() []*CheckLine {
+	if x != nil {
+		return x.Destination
+	}
+	return nil
+}
+
+func (x *MigrationVerdict) GetOk() bool {
+	if x != nil {
+		return x.Ok
+	}
+	return false
+}
+
+// ExamineRequest offers a guest as a migration does.
+type ExamineRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Guest         string                 `protobuf:"bytes,1,opt,name=guest,proto3" json:"guest,omitempty"`
+	Uuid          string                 `protobuf:"bytes,2,opt,name=uuid,proto3" json:"uuid,omitempty"`
+	Definition    []byte                 `protobuf:"bytes,3,opt,name=definition,proto3" json:"definition,omitempty"` // of the source's hypervisor, for the destination's
+	Mode          string                 `protobuf:"bytes,4,opt,name=mode,proto3" json:"mode,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExamineRequest) Reset() {
+	*x = ExamineRequest{}
+	mi := &file_lmctl_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExamineRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExamineRequest) ProtoMessage() {}
+
+func (x *ExamineRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_lmctl_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExamineRequest.ProtoReflect.Descriptor instead.
+func (*ExamineRequest) Descriptor() ([]byte, []int) {
+	return file_lmctl_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *ExamineRequest) GetGuest() string {
+	if x != nil {
+		return x.Guest
+	}
+	return ""
+}
+
+func (x *ExamineRequest) GetUuid() string {
+	if x != nil {
+		return x.Uuid
+	}
+	return ""
+}
+
+func (x *ExamineRequest) GetDefinition() []byte {
+	if x != nil {
+		return x.Definition
+	}
+	return nil
+}
+
+func (x *ExamineRequest) GetMode() string {
+	if x != nil {
+		return x.Mode
+	}
+	return ""
+}
+
 type MigrationRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -1188,7 +1350,7 @@ type MigrationRequest struct {
 
 func (x *MigrationRequest) Reset() {
 	*x = MigrationRequest{}
-	mi := &file_lmctl_proto_msgTypes[17]
+	mi := &file_lmctl_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1200,7 +1362,7 @@ func (x *MigrationRequest) String() string {
 func (*MigrationRequest) ProtoMessage() {}
 
 func (x *MigrationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_lmctl_proto_msgTypes[17]
+	mi := &file_lmctl_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1213,7 +1375,7 @@ func (x *MigrationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MigrationRequest.ProtoReflect.Descriptor instead.
 func (*MigrationRequest) Descriptor() ([]byte, []int) {
-	return file_lmctl_proto_rawDescGZIP(), []int{17}
+	return file_lmctl_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *MigrationRequest) GetId() string {
@@ -1232,7 +1394,7 @@ type ListMigrationsRequest struct {
 
 func (x *ListMigrationsRequest) Reset() {
 	*x = ListMigrationsRequest{}
-	mi := &file_lmctl_proto_msgTypes[18]
+	mi := &file_lmctl_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1244,7 +1406,7 @@ func (x *ListMigrationsRequest) String() string {
 func (*ListMigrationsRequest) ProtoMessage() {}
 
 func (x *ListMigrationsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_lmctl_proto_msgTypes[18]
+	mi := &file_lmctl_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1257,7 +1419,7 @@ func (x *ListMigrationsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListMigrationsRequest.ProtoReflect.Descriptor instead.
 func (*ListMigrationsRequest) Descriptor() ([]byte, []int) {
-	return file_lmctl_proto_rawDescGZIP(), []int{18}
+	return file_lmctl_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *ListMigrationsRequest) GetGuest() string {
@@ -1276,7 +1438,7 @@ type ListMigrationsResponse struct {
 
 func (x *ListMigrationsResponse) Reset() {
 	*x = ListMigrationsResponse{}
-	mi := &file_lmctl_proto_msgTypes[19]
+	mi := &file_lmctl_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1288,7 +1450,7 @@ func (x *ListMigrationsResponse) String() string {
 func (*ListMigrationsResponse) ProtoMessage() {}
 
 func (x *ListMigrationsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_lmctl_proto_msgTypes[19]
+	mi := &file_lmctl_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1301,7 +1463,7 @@ func (x *ListMigrationsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListMigrationsResponse.ProtoReflect.Descriptor instead.
 func (*ListMigrationsResponse) Descriptor() ([]byte, []int) {
-	return file_lmctl_proto_rawDescGZIP(), []int{19}
+	return file_lmctl_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ListMigrationsResponse) GetMigrations() []*Migration {
@@ -1331,7 +1493,7 @@ type Migration struct {
 
 func (x *Migration) Reset() {
 	*x = Migration{}
-	mi := &file_lmctl_proto_msgTypes[20]
+	mi := &file_lmctl_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1343,7 +1505,7 @@ func (x *Migration) String() string {
 func (*Migration) ProtoMessage() {}
 
 func (x *Migration) ProtoReflect() protoreflect.Message {
-	mi := &file_lmctl_proto_msgTypes[20]
+	mi := &file_lmctl_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1356,7 +1518,7 @@ func (x *Migration) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Migration.ProtoReflect.Descriptor instead.
 func (*Migration) Descriptor() ([]byte, []int) {
-	return file_lmctl_proto_rawDescGZIP(), []int{20}
+	return file_lmctl_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Migration) GetId() string {
@@ -1457,7 +1619,7 @@ type Progress struct {
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_lmctl_proto_msgTypes[21]
+	mi := &file_lmctl_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1469,7 +1631,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_lmctl_proto_msgTypes[21]
+	mi := &file_lmctl_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1482,7 +1644,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_lmctl_proto_rawDescGZIP(), []int{21}
+	return file_lmctl_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Progress) GetPass() int32 {
@@ -1541,7 +1703,7 @@ type Pass struct {
 
 func (x *Pass) Reset() {
 	*x = Pass{}
-	mi := &file_lmctl_proto_msgTypes[22]
+	mi := &file_lmctl_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1553,7 +1715,7 @@ func (x *Pass) String() string {
 func (*Pass) ProtoMessage() {}
 
 func (x *Pass) ProtoReflect() protoreflect.Message {
-	mi := &file_lmctl_proto_msgTypes[22]
+	mi := &file_lmctl_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1566,7 +1728,7 @@ func (x *Pass) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Pass.ProtoReflect.Descriptor instead.
 func (*Pass) Descriptor() ([]byte, []int) {
-	return file_lmctl_proto_rawDescGZIP(), []int{22}
+	return file_lmctl_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Pass) GetN() int32 {
@@ -1620,7 +1782,7 @@ type ListHostsRequest struct {
 
 func (x *ListHostsRequest) Reset() {
 	*x = ListHostsRequest{}
-	mi := &file_lmctl_proto_msgTypes[23]
+	mi := &file_lmctl_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1632,7 +1794,7 @@ func (x *ListHostsRequest) String() string {
 func (*ListHostsRequest) ProtoMessage() {}
 
 func (x *ListHostsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_lmctl_proto_msgTypes[23]
+	mi := &file_lmctl_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1645,7 +1807,7 @@ func (x *ListHostsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListHostsRequest.ProtoReflect.Descriptor instead.
 func (*ListHostsRequest) Descriptor() ([]byte, []int) {
-	return file_lmctl_proto_rawDescGZIP(), []int{23}
+	return file_lmctl_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ListHostsRequest) GetBrief() bool {
@@ -1664,7 +1826,7 @@ type ListHostsResponse struct {
 
 func (x *ListHostsResponse) Reset() {
 	*x = ListHostsResponse{}
-	mi := &file_lmctl_proto_msgTypes[24]
+	mi := &file_lmctl_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1676,7 +1838,7 @@ func (x *ListHostsResponse) String() string {
 func (*ListHostsResponse) ProtoMessage() {}
 
 func (x *ListHostsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_lmctl_proto_msgTypes[24]
+	mi := &file_lmctl_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1689,7 +1851,7 @@ func (x *ListHostsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListHostsResponse.ProtoReflect.Descriptor instead.
 func (*ListHostsResponse) Descriptor() ([]byte, []int) {
-	return file_lmctl_proto_rawDescGZIP(), []int{24}
+	return file_lmctl_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ListHostsResponse) GetHosts() []*Host {
@@ -1708,7 +1870,7 @@ type HostRequest struct {
 
 func (x *HostRequest) Reset() {
 	*x = HostRequest{}
-	mi := &file_lmctl_proto_msgTypes[25]
+	mi := &file_lmctl_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1720,7 +1882,7 @@ func (x *HostRequest) String() string {
 func (*HostRequest) ProtoMessage() {}
 
 func (x *HostRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_lmctl_proto_msgTypes[25]
+	mi := &file_lmctl_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1733,7 +1895,7 @@ func (x *HostRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostRequest.ProtoReflect.Descriptor instead.
 func (*HostRequest) Descriptor() ([]byte, []int) {
-	return file_lmctl_proto_rawDescGZIP(), []int{25}
+	return file_lmctl_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *HostRequest) GetName() string {
@@ -1751,7 +1913,7 @@ type HostFactsRequest struct {
 
 func (x *HostFactsRequest) Reset() {
 	*x = HostFactsRequest{}
-	mi := &file_lmctl_proto_msgTypes[26]
+	mi := &file_lmctl_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1763,7 +1925,7 @@ func (x *HostFactsRequest) String() string {
 func (*HostFactsRequest) ProtoMessage() {}
 
 func (x *HostFactsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_lmctl_proto_msgTypes[26]
+	mi := &file_lmctl_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1776,7 +1938,7 @@ func (x *HostFactsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostFactsRequest.ProtoReflect.Descriptor instead.
 func (*HostFactsRequest) Descriptor() ([]byte, []int) {
-	return file_lmctl_proto_rawDescGZIP(), []int{26}
+	return file_lmctl_proto_rawDescGZIP(), []int{28}
 }
 
 type Host struct {
@@ -1805,7 +1967,7 @@ type Host struct {
 
 func (x *Host) Reset() {
 	*x = Host{}
-	mi := &file_lmctl_proto_msgTypes[27]
+	mi := &file_lmctl_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1817,7 +1979,7 @@ func (x *Host) String() string {
 func (*Host) ProtoMessage() {}
 
 func (x *Host) ProtoReflect() protoreflect.Message {
-	mi := &file_lmctl_proto_msgTypes[27]
+	mi := &file_lmctl_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1830,7 +1992,7 @@ func (x *Host) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Host.ProtoReflect.Descriptor instead.
 func (*Host) Descriptor() ([]byte, []int) {
-	return file_lmctl_proto_rawDescGZIP(), []int{27}
+	return file_lmctl_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *Host) GetName() string {
@@ -1967,7 +2129,7 @@ type CheckRequest struct {
 
 func (x *CheckRequest) Reset() {
 	*x = CheckRequest{}
-	mi := &file_lmctl_proto_msgTypes[28]
+	mi := &file_lmctl_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1979,7 +2141,7 @@ func (x *CheckRequest) String() string {
 func (*CheckRequest) ProtoMessage() {}
 
 func (x *CheckRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_lmctl_proto_msgTypes[28]
+	mi := &file_lmctl_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1992,7 +2154,7 @@ func (x *CheckRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckRequest.ProtoReflect.Descriptor instead.
 func (*CheckRequest) Descriptor() ([]byte, []int) {
-	return file_lmctl_proto_rawDescGZIP(), []int{28}
+	return file_lmctl_proto_rawDescGZIP(), []int{30}
 }
 
 type CheckResponse struct {
@@ -2004,7 +2166,7 @@ type CheckResponse struct {
 
 func (x *CheckResponse) Reset() {
 	*x = CheckResponse{}
-	mi := &file_lmctl_proto_msgTypes[29]
+	mi := &file_lmctl_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2016,7 +2178,7 @@ func (x *CheckResponse) String() string {
 func (*CheckResponse) ProtoMessage() {}
 
 func (x *CheckResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_lmctl_proto_msgTypes[29]
+	mi := &file_lmctl_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2029,7 +2191,7 @@ func (x *CheckResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckResponse.ProtoReflect.Descriptor instead.
 func (*CheckResponse) Descriptor() ([]byte, []int) {
-	return file_lmctl_proto_rawDescGZIP(), []int{29}
+	return file_lmctl_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *CheckResponse) GetLines() []*CheckLine {
@@ -2051,7 +2213,7 @@ type CheckLine struct {
 
 func (x *CheckLine) Reset() {
 	*x = CheckLine{}
-	mi := &file_lmctl_proto_msgTypes[30]
+	mi := &file_lmctl_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2063,7 +2225,7 @@ func (x *CheckLine) String() string {
 func (*CheckLine) ProtoMessage() {}
 
 func (x *CheckLine) ProtoReflect() protoreflect.Message {
-	mi := &file_lmctl_proto_msgTypes[30]
+	mi := &file_lmctl_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2076,7 +2238,7 @@ func (x *CheckLine) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckLine.ProtoReflect.Descriptor instead.
 func (*CheckLine) Descriptor() ([]byte, []int) {
-	return file_lmctl_proto_rawDescGZIP(), []int{30}
+	return file_lmctl_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *CheckLine) GetName() string {
@@ -2123,7 +2285,7 @@ type Statement struct {
 
 func (x *Statement) Reset() {
 	*x = Statement{}
-	mi := &file_lmctl_proto_msgTypes[31]
+	mi := &file_lmctl_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2135,7 +2297,7 @@ func (x *Statement) String() string {
 func (*Statement) ProtoMessage() {}
 
 func (x *Statement) ProtoReflect() protoreflect.Message {
-	mi := &file_lmctl_proto_msgTypes[31]
+	mi := &file_lmctl_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2148,7 +2310,7 @@ func (x *Statement) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Statement.ProtoReflect.Descriptor instead.
 func (*Statement) Descriptor() ([]byte, []int) {
-	return file_lmctl_proto_rawDescGZIP(), []int{31}
+	return file_lmctl_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *Statement) GetHost() string {
@@ -2214,7 +2376,7 @@ type ErrorDetail struct {
 
 func (x *ErrorDetail) Reset() {
 	*x = ErrorDetail{}
-	mi := &file_lmctl_proto_msgTypes[32]
+	mi := &file_lmctl_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2226,7 +2388,7 @@ func (x *ErrorDetail) String() string {
 func (*ErrorDetail) ProtoMessage() {}
 
 func (x *ErrorDetail) ProtoReflect() protoreflect.Message {
-	mi := &file_lmctl_proto_msgTypes[32]
+	mi := &file_lmctl_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2239,7 +2401,7 @@ func (x *ErrorDetail) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ErrorDetail.ProtoReflect.Descriptor instead.
 func (*ErrorDetail) Descriptor() ([]byte, []int) {
-	return file_lmctl_proto_rawDescGZIP(), []int{32}
+	return file_lmctl_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *ErrorDetail) GetOperation() string {
@@ -2360,7 +2522,7 @@ const file_lmctl_proto_rawDesc = "" +
 	"\x15StartMigrationRequest\x12\x14\n" +
 	"\x05guest\x18\x01 \x01(\tR\x05guest\x12 \n" +
 	"\vdestination\x18\x02 \x01(\tR\vdestination\x124\n" +
-	"\aoptions\x18\x03 \x01(\v2\x1a.lmctl.v1.MigrationOptionsR\aoptions\"\xb2\x02\n" +
+	"\aoptions\x18\x03 \x01(\v2\x1a.lmctl.v1.MigrationOptionsR\aoptions\"\xe2\x02\n" +
 	"\x10MigrationOptions\x12\"\n" +
 	"\n" +
 	"max_passes\x18\x01 \x01(\x05H\x00R\tmaxPasses\x88\x01\x01\x12B\n" +
@@ -2368,12 +2530,28 @@ const file_lmctl_proto_rawDesc = "" +
 	"\tbandwidth\x18\x03 \x01(\x03H\x01R\tbandwidth\x88\x01\x01\x12\x1d\n" +
 	"\astreams\x18\x04 \x01(\x05H\x02R\astreams\x88\x01\x01\x12\x16\n" +
 	"\x06verify\x18\x05 \x01(\bR\x06verify\x123\n" +
-	"\atimeout\x18\x06 \x01(\v2\x19.google.protobuf.DurationR\atimeoutB\r\n" +
+	"\atimeout\x18\x06 \x01(\v2\x19.google.protobuf.DurationR\atimeout\x12\x12\n" +
+	"\x04mode\x18\a \x01(\tR\x04mode\x12\x1a\n" +
+	"\bcompress\x18\b \x01(\bR\bcompressB\r\n" +
 	"\v_max_passesB\f\n" +
 	"\n" +
 	"_bandwidthB\n" +
 	"\n" +
-	"\b_streams\"\"\n" +
+	"\b_streams\"\xbb\x01\n" +
+	"\x10MigrationVerdict\x12\x12\n" +
+	"\x04mode\x18\x01 \x01(\tR\x04mode\x12\x1f\n" +
+	"\vmode_reason\x18\x02 \x01(\tR\n" +
+	"modeReason\x12+\n" +
+	"\x06source\x18\x03 \x03(\v2\x13.lmctl.v1.CheckLineR\x06source\x125\n" +
+	"\vdestination\x18\x04 \x03(\v2\x13.lmctl.v1.CheckLineR\vdestination\x12\x0e\n" +
+	"\x02ok\x18\x05 \x01(\bR\x02ok\"n\n" +
+	"\x0eExamineRequest\x12\x14\n" +
+	"\x05guest\x18\x01 \x01(\tR\x05guest\x12\x12\n" +
+	"\x04uuid\x18\x02 \x01(\tR\x04uuid\x12\x1e\n" +
+	"\n" +
+	"definition\x18\x03 \x01(\fR\n" +
+	"definition\x12\x12\n" +
+	"\x04mode\x18\x04 \x01(\tR\x04mode\"\"\n" +
 	"\x10MigrationRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"-\n" +
 	"\x15ListMigrationsRequest\x12\x14\n" +
@@ -2481,10 +2659,11 @@ const file_lmctl_proto_rawDesc = "" +
 	"\x04Show\x12\x16.lmctl.v1.GuestRequest\x1a\x0f.lmctl.v1.Guest\x12=\n" +
 	"\x05Watch\x12\x1c.lmctl.v1.WatchGuestsRequest\x1a\x14.lmctl.v1.GuestEvent0\x01\x120\n" +
 	"\x05Claim\x12\x16.lmctl.v1.ClaimRequest\x1a\x0f.lmctl.v1.Guest\x12>\n" +
-	"\aConsole\x12\x16.lmctl.v1.ConsoleInput\x1a\x17.lmctl.v1.ConsoleOutput(\x010\x012\xc6\x02\n" +
+	"\aConsole\x12\x16.lmctl.v1.ConsoleInput\x1a\x17.lmctl.v1.ConsoleOutput(\x010\x012\x8c\x03\n" +
 	"\n" +
 	"Migrations\x12=\n" +
-	"\x05Start\x12\x1f.lmctl.v1.StartMigrationRequest\x1a\x13.lmctl.v1.Migration\x12:\n" +
+	"\x05Start\x12\x1f.lmctl.v1.StartMigrationRequest\x1a\x13.lmctl.v1.Migration\x12D\n" +
+	"\x05Check\x12\x1f.lmctl.v1.StartMigrationRequest\x1a\x1a.lmctl.v1.MigrationVerdict\x12:\n" +
 	"\x05Watch\x12\x1a.lmctl.v1.MigrationRequest\x1a\x13.lmctl.v1.Migration0\x01\x129\n" +
 	"\x06Cancel\x12\x1a.lmctl.v1.MigrationRequest\x1a\x13.lmctl.v1.Migration\x12I\n" +
 	"\x04List\x12\x1f.lmctl.v1.ListMigrationsRequest\x1a .lmctl.v1.ListMigrationsResponse\x127\n" +
@@ -2492,10 +2671,11 @@ const file_lmctl_proto_rawDesc = "" +
 	"\x05Hosts\x12?\n" +
 	"\x04List\x12\x1a.lmctl.v1.ListHostsRequest\x1a\x1b.lmctl.v1.ListHostsResponse\x12-\n" +
 	"\x04Show\x12\x15.lmctl.v1.HostRequest\x1a\x0e.lmctl.v1.Host\x128\n" +
-	"\x05Check\x12\x16.lmctl.v1.CheckRequest\x1a\x17.lmctl.v1.CheckResponse2s\n" +
+	"\x05Check\x12\x16.lmctl.v1.CheckRequest\x1a\x17.lmctl.v1.CheckResponse2\xb1\x01\n" +
 	"\x04Peer\x122\n" +
 	"\x06Settle\x12\x13.lmctl.v1.Statement\x1a\x13.lmctl.v1.Statement\x127\n" +
-	"\tHostFacts\x12\x1a.lmctl.v1.HostFactsRequest\x1a\x0e.lmctl.v1.HostB5Z3github.com/lmctl/lmctl/internal/api/lmctlv1;lmctlv1b\x06proto3"
+	"\tHostFacts\x12\x1a.lmctl.v1.HostFactsRequest\x1a\x0e.lmctl.v1.Host\x12<\n" +
+	"\aExamine\x12\x18.lmctl.v1.ExamineRequest\x1a\x17.lmctl.v1.CheckResponseB5Z3github.com/lmctl/lmctl/internal/api/lmctlv1;lmctlv1b\x06proto3"
 
 var (
 	file_lmctl_proto_rawDescOnce sync.Once
@@ -2510,7 +2690,7 @@ func file_lmctl_proto_rawDescGZIP() []byte {
 }
 
 var file_lmctl_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_lmctl_proto_msgTypes = make([]protoimpl.MessageInfo, 33)
+var file_lmctl_proto_msgTypes = make([]protoimpl.MessageInfo, 35)
 var file_lmctl_proto_goTypes = []any{
 	(CheckLine_Verdict)(0),         // 0: lmctl.v1.CheckLine.Verdict
 	(*GuestRequest)(nil),           // 1: lmctl.v1.GuestRequest
@@ -2530,95 +2710,103 @@ var file_lmctl_proto_goTypes = []any{
 	(*Handover)(nil),               // 15: lmctl.v1.Handover
 	(*StartMigrationRequest)(nil),  // 16: lmctl.v1.StartMigrationRequest
 	(*MigrationOptions)(nil),       // 17: lmctl.v1.MigrationOptions
-	(*MigrationRequest)(nil),       // 18: lmctl.v1.MigrationRequest
-	(*ListMigrationsRequest)(nil),  // 19: lmctl.v1.ListMigrationsRequest
-	(*ListMigrationsResponse)(nil), // 20: lmctl.v1.ListMigrationsResponse
-	(*Migration)(nil),              // 21: lmctl.v1.Migration
-	(*Progress)(nil),               // 22: lmctl.v1.Progress
-	(*Pass)(nil),                   // 23: lmctl.v1.Pass
-	(*ListHostsRequest)(nil),       // 24: lmctl.v1.ListHostsRequest
-	(*ListHostsResponse)(nil),      // 25: lmctl.v1.ListHostsResponse
-	(*HostRequest)(nil),            // 26: lmctl.v1.HostRequest
-	(*HostFactsRequest)(nil),       // 27: lmctl.v1.HostFactsRequest
-	(*Host)(nil),                   // 28: lmctl.v1.Host
-	(*CheckRequest)(nil),           // 29: lmctl.v1.CheckRequest
-	(*CheckResponse)(nil),          // 30: lmctl.v1.CheckResponse
-	(*CheckLine)(nil),              // 31: lmctl.v1.CheckLine
-	(*Statement)(nil),              // 32: lmctl.v1.Statement
-	(*ErrorDetail)(nil),            // 33: lmctl.v1.ErrorDetail
-	(*durationpb.Duration)(nil),    // 34: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil),  // 35: google.protobuf.Timestamp
+	(*MigrationVerdict)(nil),       // 18: lmctl.v1.MigrationVerdict
+	(*ExamineRequest)(nil),         // 19: lmctl.v1.ExamineRequest
+	(*MigrationRequest)(nil),       // 20: lmctl.v1.MigrationRequest
+	(*ListMigrationsRequest)(nil),  // 21: lmctl.v1.ListMigrationsRequest
+	(*ListMigrationsResponse)(nil), // 22: lmctl.v1.ListMigrationsResponse
+	(*Migration)(nil),              // 23: lmctl.v1.Migration
+	(*Progress)(nil),               // 24: lmctl.v1.Progress
+	(*Pass)(nil),                   // 25: lmctl.v1.Pass
+	(*ListHostsRequest)(nil),       // 26: lmctl.v1.ListHostsRequest
+	(*ListHostsResponse)(nil),      // 27: lmctl.v1.ListHostsResponse
+	(*HostRequest)(nil),            // 28: lmctl.v1.HostRequest
+	(*HostFactsRequest)(nil),       // 29: lmctl.v1.HostFactsRequest
+	(*Host)(nil),                   // 30: lmctl.v1.Host
+	(*CheckRequest)(nil),           // 31: lmctl.v1.CheckRequest
+	(*CheckResponse)(nil),          // 32: lmctl.v1.CheckResponse
+	(*CheckLine)(nil),              // 33: lmctl.v1.CheckLine
+	(*Statement)(nil),              // 34: lmctl.v1.Statement
+	(*ErrorDetail)(nil),            // 35: lmctl.v1.ErrorDetail
+	(*durationpb.Duration)(nil),    // 36: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),  // 37: google.protobuf.Timestamp
 }
 var file_lmctl_proto_depIdxs = []int32{
-	34, // 0: lmctl.v1.StopRequest.timeout:type_name -> google.protobuf.Duration
+	36, // 0: lmctl.v1.StopRequest.timeout:type_name -> google.protobuf.Duration
 	12, // 1: lmctl.v1.ListGuestsResponse.guests:type_name -> lmctl.v1.Guest
 	12, // 2: lmctl.v1.GuestEvent.guest:type_name -> lmctl.v1.Guest
-	35, // 3: lmctl.v1.Guest.started:type_name -> google.protobuf.Timestamp
+	37, // 3: lmctl.v1.Guest.started:type_name -> google.protobuf.Timestamp
 	13, // 4: lmctl.v1.Guest.end:type_name -> lmctl.v1.End
 	14, // 5: lmctl.v1.Guest.ownership:type_name -> lmctl.v1.Ownership
-	35, // 6: lmctl.v1.End.at:type_name -> google.protobuf.Timestamp
+	37, // 6: lmctl.v1.End.at:type_name -> google.protobuf.Timestamp
 	15, // 7: lmctl.v1.Ownership.handover:type_name -> lmctl.v1.Handover
 	17, // 8: lmctl.v1.StartMigrationRequest.options:type_name -> lmctl.v1.MigrationOptions
-	34, // 9: lmctl.v1.MigrationOptions.downtime_target:type_name -> google.protobuf.Duration
-	34, // 10: lmctl.v1.MigrationOptions.timeout:type_name -> google.protobuf.Duration
-	21, // 11: lmctl.v1.ListMigrationsResponse.migrations:type_name -> lmctl.v1.Migration
-	35, // 12: lmctl.v1.Migration.started:type_name -> google.protobuf.Timestamp
-	35, // 13: lmctl.v1.Migration.ended:type_name -> google.protobuf.Timestamp
-	22, // 14: lmctl.v1.Migration.progress:type_name -> lmctl.v1.Progress
-	23, // 15: lmctl.v1.Progress.passes:type_name -> lmctl.v1.Pass
-	34, // 16: lmctl.v1.Pass.duration:type_name -> google.protobuf.Duration
-	28, // 17: lmctl.v1.ListHostsResponse.hosts:type_name -> lmctl.v1.Host
-	35, // 18: lmctl.v1.Host.time:type_name -> google.protobuf.Timestamp
-	35, // 19: lmctl.v1.Host.certificate_expires:type_name -> google.protobuf.Timestamp
-	34, // 20: lmctl.v1.Host.round_trip:type_name -> google.protobuf.Duration
-	31, // 21: lmctl.v1.CheckResponse.lines:type_name -> lmctl.v1.CheckLine
-	0,  // 22: lmctl.v1.CheckLine.verdict:type_name -> lmctl.v1.CheckLine.Verdict
-	15, // 23: lmctl.v1.Statement.handover:type_name -> lmctl.v1.Handover
-	2,  // 24: lmctl.v1.Guests.Define:input_type -> lmctl.v1.DefineRequest
-	1,  // 25: lmctl.v1.Guests.Start:input_type -> lmctl.v1.GuestRequest
-	3,  // 26: lmctl.v1.Guests.Stop:input_type -> lmctl.v1.StopRequest
-	1,  // 27: lmctl.v1.Guests.Destroy:input_type -> lmctl.v1.GuestRequest
-	1,  // 28: lmctl.v1.Guests.Undefine:input_type -> lmctl.v1.GuestRequest
-	5,  // 29: lmctl.v1.Guests.List:input_type -> lmctl.v1.ListGuestsRequest
-	1,  // 30: lmctl.v1.Guests.Show:input_type -> lmctl.v1.GuestRequest
-	7,  // 31: lmctl.v1.Guests.Watch:input_type -> lmctl.v1.WatchGuestsRequest
-	9,  // 32: lmctl.v1.Guests.Claim:input_type -> lmctl.v1.ClaimRequest
-	10, // 33: lmctl.v1.Guests.Console:input_type -> lmctl.v1.ConsoleInput
-	16, // 34: lmctl.v1.Migrations.Start:input_type -> lmctl.v1.StartMigrationRequest
-	18, // 35: lmctl.v1.Migrations.Watch:input_type -> lmctl.v1.MigrationRequest
-	18, // 36: lmctl.v1.Migrations.Cancel:input_type -> lmctl.v1.MigrationRequest
-	19, // 37: lmctl.v1.Migrations.List:input_type -> lmctl.v1.ListMigrationsRequest
-	18, // 38: lmctl.v1.Migrations.Show:input_type -> lmctl.v1.MigrationRequest
-	24, // 39: lmctl.v1.Hosts.List:input_type -> lmctl.v1.ListHostsRequest
-	26, // 40: lmctl.v1.Hosts.Show:input_type -> lmctl.v1.HostRequest
-	29, // 41: lmctl.v1.Hosts.Check:input_type -> lmctl.v1.CheckRequest
-	32, // 42: lmctl.v1.Peer.Settle:input_type -> lmctl.v1.Statement
-	27, // 43: lmctl.v1.Peer.HostFacts:input_type -> lmctl.v1.HostFactsRequest
-	12, // 44: lmctl.v1.Guests.Define:output_type -> lmctl.v1.Guest
-	12, // 45: lmctl.v1.Guests.Start:output_type -> lmctl.v1.Guest
-	12, // 46: lmctl.v1.Guests.Stop:output_type -> lmctl.v1.Guest
-	12, // 47: lmctl.v1.Guests.Destroy:output_type -> lmctl.v1.Guest
-	4,  // 48: lmctl.v1.Guests.Undefine:output_type -> lmctl.v1.UndefineResponse
-	6,  // 49: lmctl.v1.Guests.List:output_type -> lmctl.v1.ListGuestsResponse
-	12, // 50: lmctl.v1.Guests.Show:output_type -> lmctl.v1.Guest
-	8,  // 51: lmctl.v1.Guests.Watch:output_type -> lmctl.v1.GuestEvent
-	12, // 52: lmctl.v1.Guests.Claim:output_type -> lmctl.v1.Guest
-	11, // 53: lmctl.v1.Guests.Console:output_type -> lmctl.v1.ConsoleOutput
-	21, // 54: lmctl.v1.Migrations.Start:output_type -> lmctl.v1.Migration
-	21, // 55: lmctl.v1.Migrations.Watch:output_type -> lmctl.v1.Migration
-	21, // 56: lmctl.v1.Migrations.Cancel:output_type -> lmctl.v1.Migration
-	20, // 57: lmctl.v1.Migrations.List:output_type -> lmctl.v1.ListMigrationsResponse
-	21, // 58: lmctl.v1.Migrations.Show:output_type -> lmctl.v1.Migration
-	25, // 59: lmctl.v1.Hosts.List:output_type -> lmctl.v1.ListHostsResponse
-	28, // 60: lmctl.v1.Hosts.Show:output_type -> lmctl.v1.Host
-	30, // 61: lmctl.v1.Hosts.Check:output_type -> lmctl.v1.CheckResponse
-	32, // 62: lmctl.v1.Peer.Settle:output_type -> lmctl.v1.Statement
-	28, // 63: lmctl.v1.Peer.HostFacts:output_type -> lmctl.v1.Host
-	44, // [44:64] is the sub-list for method output_type
-	24, // [24:44] is the sub-list for method input_type
-	24, // [24:24] is the sub-list for extension type_name
-	24, // [24:24] is the sub-list for extension extendee
-	0,  // [0:24] is the sub-list for field type_name
+	36, // 9: lmctl.v1.MigrationOptions.downtime_target:type_name -> google.protobuf.Duration
+	36, // 10: lmctl.v1.MigrationOptions.timeout:type_name -> google.protobuf.Duration
+	33, // 11: lmctl.v1.MigrationVerdict.source:type_name -> lmctl.v1.CheckLine
+	33, // 12: lmctl.v1.MigrationVerdict.destination:type_name -> lmctl.v1.CheckLine
+	23, // 13: lmctl.v1.ListMigrationsResponse.migrations:type_name -> lmctl.v1.Migration
+	37, // 14: lmctl.v1.Migration.started:type_name -> google.protobuf.Timestamp
+	37, // 15: lmctl.v1.Migration.ended:type_name -> google.protobuf.Timestamp
+	24, // 16: lmctl.v1.Migration.progress:type_name -> lmctl.v1.Progress
+	25, // 17: lmctl.v1.Progress.passes:type_name -> lmctl.v1.Pass
+	36, // 18: lmctl.v1.Pass.duration:type_name -> google.protobuf.Duration
+	30, // 19: lmctl.v1.ListHostsResponse.hosts:type_name -> lmctl.v1.Host
+	37, // 20: lmctl.v1.Host.time:type_name -> google.protobuf.Timestamp
+	37, // 21: lmctl.v1.Host.certificate_expires:type_name -> google.protobuf.Timestamp
+	36, // 22: lmctl.v1.Host.round_trip:type_name -> google.protobuf.Duration
+	33, // 23: lmctl.v1.CheckResponse.lines:type_name -> lmctl.v1.CheckLine
+	0,  // 24: lmctl.v1.CheckLine.verdict:type_name -> lmctl.v1.CheckLine.Verdict
+	15, // 25: lmctl.v1.Statement.handover:type_name -> lmctl.v1.Handover
+	2,  // 26: lmctl.v1.Guests.Define:input_type -> lmctl.v1.DefineRequest
+	1,  // 27: lmctl.v1.Guests.Start:input_type -> lmctl.v1.GuestRequest
+	3,  // 28: lmctl.v1.Guests.Stop:input_type -> lmctl.v1.StopRequest
+	1,  // 29: lmctl.v1.Guests.Destroy:input_type -> lmctl.v1.GuestRequest
+	1,  // 30: lmctl.v1.Guests.Undefine:input_type -> lmctl.v1.GuestRequest
+	5,  // 31: lmctl.v1.Guests.List:input_type -> lmctl.v1.ListGuestsRequest
+	1,  // 32: lmctl.v1.Guests.Show:input_type -> lmctl.v1.GuestRequest
+	7,  // 33: lmctl.v1.Guests.Watch:input_type -> lmctl.v1.WatchGuestsRequest
+	9,  // 34: lmctl.v1.Guests.Claim:input_type -> lmctl.v1.ClaimRequest
+	10, // 35: lmctl.v1.Guests.Console:input_type -> lmctl.v1.ConsoleInput
+	16, // 36: lmctl.v1.Migrations.Start:input_type -> lmctl.v1.StartMigrationRequest
+	16, // 37: lmctl.v1.Migrations.Check:input_type -> lmctl.v1.StartMigrationRequest
+	20, // 38: lmctl.v1.Migrations.Watch:input_type -> lmctl.v1.MigrationRequest
+	20, // 39: lmctl.v1.Migrations.Cancel:input_type -> lmctl.v1.MigrationRequest
+	21, // 40: lmctl.v1.Migrations.List:input_type -> lmctl.v1.ListMigrationsRequest
+	20, // 41: lmctl.v1.Migrations.Show:input_type -> lmctl.v1.MigrationRequest
+	26, // 42: lmctl.v1.Hosts.List:input_type -> lmctl.v1.ListHostsRequest
+	28, // 43: lmctl.v1.Hosts.Show:input_type -> lmctl.v1.HostRequest
+	31, // 44: lmctl.v1.Hosts.Check:input_type -> lmctl.v1.CheckRequest
+	34, // 45: lmctl.v1.Peer.Settle:input_type -> lmctl.v1.Statement
+	29, // 46: lmctl.v1.Peer.HostFacts:input_type -> lmctl.v1.HostFactsRequest
+	19, // 47: lmctl.v1.Peer.Examine:input_type -> lmctl.v1.ExamineRequest
+	12, // 48: lmctl.v1.Guests.Define:output_type -> lmctl.v1.Guest
+	12, // 49: lmctl.v1.Guests.Start:output_type -> lmctl.v1.Guest
+	12, // 50: lmctl.v1.Guests.Stop:output_type -> lmctl.v1.Guest
+	12, // 51: lmctl.v1.Guests.Destroy:output_type -> lmctl.v1.Guest
+	4,  // 52: lmctl.v1.Guests.Undefine:output_type -> lmctl.v1.UndefineResponse
+	6,  // 53: lmctl.v1.Guests.List:output_type -> lmctl.v1.ListGuestsResponse
+	12, // 54: lmctl.v1.Guests.Show:output_type -> lmctl.v1.Guest
+	8,  // 55: lmctl.v1.Guests.Watch:output_type -> lmctl.v1.GuestEvent
+	12, // 56: lmctl.v1.Guests.Claim:output_type -> lmctl.v1.Guest
+	11, // 57: lmctl.v1.Guests.Console:output_type -> lmctl.v1.ConsoleOutput
+	23, // 58: lmctl.v1.Migrations.Start:output_type -> lmctl.v1.Migration
+	18, // 59: lmctl.v1.Migrations.Check:output_type -> lmctl.v1.MigrationVerdict
+	23, // 60: lmctl.v1.Migrations.Watch:output_type -> lmctl.v1.Migration
+	23, // 61: lmctl.v1.Migrations.Cancel:output_type -> lmctl.v1.Migration
+	22, // 62: lmctl.v1.Migrations.List:output_type -> lmctl.v1.ListMigrationsResponse
+	23, // 63: lmctl.v1.Migrations.Show:output_type -> lmctl.v1.Migration
+	27, // 64: lmctl.v1.Hosts.List:output_type -> lmctl.v1.ListHostsResponse
+	30, // 65: lmctl.v1.Hosts.Show:output_type -> lmctl.v1.Host
+	32, // 66: lmctl.v1.Hosts.Check:output_type -> lmctl.v1.CheckResponse
+	34, // 67: lmctl.v1.Peer.Settle:output_type -> lmctl.v1.Statement
+	30, // 68: lmctl.v1.Peer.HostFacts:output_type -> lmctl.v1.Host
+	32, // 69: lmctl.v1.Peer.Examine:output_type -> lmctl.v1.CheckResponse
+	48, // [48:70] is the sub-list for method output_type
+	26, // [26:48] is the sub-list for method input_type
+	26, // [26:26] is the sub-list for extension type_name
+	26, // [26:26] is the sub-list for extension extendee
+	0,  // [0:26] is the sub-list for field type_name
 }
 
 func init() { file_lmctl_proto_init() }
@@ -2633,7 +2821,7 @@ func file_lmctl_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_lmctl_proto_rawDesc), len(file_lmctl_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   33,
+			NumMessages:   35,
 			NumExtensions: 0,
 			NumServices:   4,
 		},

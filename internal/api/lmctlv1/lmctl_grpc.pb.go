@@ -481,6 +481,7 @@ var Guests_ServiceDesc = grpc.ServiceDesc{
 
 const (
 	Migrations_Start_FullMethodName  = "/lmctl.v1.Migrations/Start"
+	Migrations_Check_FullMethodName  = "/lmctl.v1.Migrations/Check"
 	Migrations_Watch_FullMethodName  = "/lmctl.v1.Migrations/Watch"
 	Migrations_Cancel_FullMethodName = "/lmctl.v1.Migrations/Cancel"
 	Migrations_List_FullMethodName   = "/lmctl.v1.Migrations/List"
@@ -494,6 +495,8 @@ const (
 // Migrations are those away from the agent's host. For operators.
 type MigrationsClient interface {
 	Start(ctx context.Context, in *StartMigrationRequest, opts ...grpc.CallOption) (*Migration, error)
+	// Check says, line by line, whether Start would be refused, and does nothing.
+	Check(ctx context.Context, in *StartMigrationRequest, opts ...grpc.CallOption) (*MigrationVerdict, error)
 	// Watch sends the migration's state now, then whenever it changes, and ends
 	// after the one that is finished.
 	Watch(ctx context.Context, in *MigrationRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[Migration], error)
@@ -514,6 +517,16 @@ func (c *migrationsClient) Start(ctx context.Context, in *StartMigrationRequest,
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(Migration)
 	err := c.cc.Invoke(ctx, Migrations_Start_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *migrationsClient) Check(ctx context.Context, in *StartMigrationRequest, opts ...grpc.CallOption) (*MigrationVerdict, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(MigrationVerdict)
+	err := c.cc.Invoke(ctx, Migrations_Check_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -576,6 +589,8 @@ func (c *migrationsClient) Show(ctx context.Context, in *MigrationRequest, opts 
 // Migrations are those away from the agent's host. For operators.
 type MigrationsServer interface {
 	Start(context.Context, *StartMigrationRequest) (*Migration, error)
+	// Check says, line by line, whether Start would be refused, and does nothing.
+	Check(context.Context, *StartMigrationRequest) (*MigrationVerdict, error)
 	// Watch sends the migration's state now, then whenever it changes, and ends
 	// after the one that is finished.
 	Watch(*MigrationRequest, grpc.ServerStreamingServer[Migration]) error
@@ -594,6 +609,9 @@ type UnimplementedMigrationsServer struct{}
 
 func (UnimplementedMigrationsServer) Start(context.Context, *StartMigrationRequest) (*Migration, error) {
 	return nil, status.Error(codes.Unimplemented, "method Start not implemented")
+}
+func (UnimplementedMigrationsServer) Check(context.Context, *StartMigrationRequest) (*MigrationVerdict, error) {
+	return nil, status.Error(codes.Unimplemented, "method Check not implemented")
 }
 func (UnimplementedMigrationsServer) Watch(*MigrationRequest, grpc.ServerStreamingServer[Migration]) error {
 	return status.Error(codes.Unimplemented, "method Watch not implemented")
@@ -642,6 +660,24 @@ func _Migrations_Start_Handler(srv interface{}, ctx context.Context, dec func(in
 	}
 	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
 		return srv.(MigrationsServer).Start(ctx, req.(*StartMigrationRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Migrations_Check_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(StartMigrationRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(MigrationsServer).Check(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Migrations_Check_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(MigrationsServer).Check(ctx, req.(*StartMigrationRequest))
 	}
 	return interceptor(ctx, in, info, handler)
 }
@@ -721,6 +757,10 @@ var Migrations_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Start",
 			Handler:    _Migrations_Start_Handler,
+		},
+		{
+			MethodName: "Check",
+			Handler:    _Migrations_Check_Handler,
 		},
 		{
 			MethodName: "Cancel",
@@ -934,6 +974,7 @@ var Hosts_ServiceDesc = grpc.ServiceDesc{
 const (
 	Peer_Settle_FullMethodName    = "/lmctl.v1.Peer/Settle"
 	Peer_HostFacts_FullMethodName = "/lmctl.v1.Peer/HostFacts"
+	Peer_Examine_FullMethodName   = "/lmctl.v1.Peer/Examine"
 )
 
 // PeerClient is the client API for Peer service.
@@ -946,6 +987,8 @@ type PeerClient interface {
 	// that one knows, after it has acted on what it was told.
 	Settle(ctx context.Context, in *Statement, opts ...grpc.CallOption) (*Statement, error)
 	HostFacts(ctx context.Context, in *HostFactsRequest, opts ...grpc.CallOption) (*Host, error)
+	// Examine says whether this host could take a guest, and does nothing.
+	Examine(ctx context.Context, in *ExamineRequest, opts ...grpc.CallOption) (*CheckResponse, error)
 }
 
 type peerClient struct {
@@ -976,6 +1019,16 @@ func (c *peerClient) HostFacts(ctx context.Context, in *HostFactsRequest, opts .
 	return out, nil
 }
 
+func (c *peerClient) Examine(ctx context.Context, in *ExamineRequest, opts ...grpc.CallOption) (*CheckResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(CheckResponse)
+	err := c.cc.Invoke(ctx, Peer_Examine_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // PeerServer is the server API for Peer service.
 // All implementations must embed UnimplementedPeerServer
 // for forward compatibility.
@@ -986,6 +1039,8 @@ type PeerServer interface {
 	// that one knows, after it has acted on what it was told.
 	Settle(context.Context, *Statement) (*Statement, error)
 	HostFacts(context.Context, *HostFactsRequest) (*Host, error)
+	// Examine says whether this host could take a guest, and does nothing.
+	Examine(context.Context, *ExamineRequest) (*CheckResponse, error)
 	mustEmbedUnimplementedPeerServer()
 }
 
@@ -1001,6 +1056,9 @@ func (UnimplementedPeerServer) Settle(context.Context, *Statement) (*Statement, 
 }
 func (UnimplementedPeerServer) HostFacts(context.Context, *HostFactsRequest) (*Host, error) {
 	return nil, status.Error(codes.Unimplemented, "method HostFacts not implemented")
+}
+func (UnimplementedPeerServer) Examine(context.Context, *ExamineRequest) (*CheckResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Examine not implemented")
 }
 func (UnimplementedPeerServer) mustEmbedUnimplementedPeerServer() {}
 func (UnimplementedPeerServer) testEmbeddedByValue()              {}
@@ -1059,6 +1117,24 @@ func _Peer_HostFacts_Handler(srv interface{}, ctx context.Context, dec func(inte
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Peer_Examine_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ExamineRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(PeerServer).Examine(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Peer_Examine_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(PeerServer).Examine(ctx, req.(*ExamineRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Peer_ServiceDesc is the grpc.ServiceDesc for Peer service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -1073,6 +1149,10 @@ var Peer_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "HostFacts",
 			Handler:    _Peer_HostFacts_Handler,
+		},
+		{
+			MethodName: "Examine",
+			Handler:    _Peer_Examine_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},
