@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"encoding/json"
+	"io"
 	"net"
 	"os"
 	"os/exec"
@@ -150,6 +151,19 @@ func TestGuestOnTCG(t *testing.T) {
 		t.Errorf("damage to the guest's memory goes unseen: %+v", st)
 	}
 	g.do(t, control.Request{Do: control.PowerOff})
+	g.ended(t)
+}
+
+// ended waits until the guest has powered off, and QEMU has ended with it.
+func (g *serial) ended(t *testing.T) {
+	t.Helper()
+	if err := g.conn.SetReadDeadline(time.Now().Add(2 * time.Minute)); err != nil {
+		t.Fatal(err)
+	}
+	last, err := io.ReadAll(g.in)
+	if err != nil {
+		t.Fatalf("power off: %v; its last words: %q", err, last)
+	}
 	if err := g.cmd.Wait(); err != nil {
 		t.Errorf("power off: %v", err)
 	}

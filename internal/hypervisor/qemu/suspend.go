@@ -78,8 +78,8 @@ func (g *Guest) startStream(ctx context.Context, mon *monitor, w io.Writer) erro
 // QEMU says STOP before it drains, and pre-switchover after.
 func (g *Guest) awaitStop(ctx context.Context, mon *monitor, sub *subscription) (time.Time, error) {
 	var stopped time.Time
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
+	// listen ends with the stream too; what failed is asked for all the same.
+	listen, cancel := context.WithCancelCause(ctx)
 	watching := make(chan struct{})
 	defer func() { <-watching }()
 	defer cancel(nil)
@@ -88,18 +88,18 @@ func (g *Guest) awaitStop(ctx context.Context, mon *monitor, sub *subscription) 
 		select {
 		case <-g.stream.done:
 			cancel(fmt.Errorf("the state stream broke off: %w", g.stream.reason()))
-		case <-ctx.Done():
+		case <-listen.Done():
 		}
 	}()
 	hurry := time.AfterFunc(convergeTimeout, func() {
 		// If this fails, the events will tell.
-		_ = mon.run(ctx, "migrate-set-parameters", object{"downtime-limit": maxDowntimeLimit}, nil)
+		_ = mon.run(listen, "migrate-set-parameters", object{"downtime-limit": maxDowntimeLimit}, nil)
 	})
 	defer hurry.Stop()
 	for {
-		e, err := sub.next(ctx)
+		e, err := sub.next(listen)
 		if err != nil {
-			if cause := context.Cause(ctx); cause != nil {
+			if cause := context.Cause(listen); cause != nil {
 				err = cause
 			}
 			return time.Time{}, err
