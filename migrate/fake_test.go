@@ -213,7 +213,7 @@ type fakeShell struct {
 func (s *fakeShell) Answer() []byte { return []byte("from the shell") }
 
 func (s *fakeShell) Memory() []Memory { return s.mem }
-func (s *fakeShell) LoadState(_ context.Context, r io.Reader) (err error) {
+func (s *fakeShell) LoadState(_ context.Context, r io.Reader, _ io.Writer) (err error) {
 	if s.loadErr != nil {
 		return s.loadErr
 	}

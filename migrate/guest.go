@@ -64,10 +64,12 @@ type Guest interface {
 	// guest still runs, what does not depend on its being stopped; then it
 	// stops the guest. It returns when no vCPU runs and no block I/O is in
 	// flight, with the time of the stop. Writing to w goes on in the
-	// background only until SaveState or Resume returns.
+	// background only until SaveState or Resume returns. After Relay, w is nil:
+	// the hypervisor is told to stop the guest now, whatever is left.
 	Suspend(ctx context.Context, w io.Writer) (stopped time.Time, err error)
 	// SaveState has the rest of the device state written to the w of Suspend
-	// and returns when all of it has been.
+	// and returns when all of it has been. After Relay it returns when the other
+	// side has loaded the guest.
 	SaveState(ctx context.Context) error
 	// Resume undoes Suspend, from whatever point that reached, also if it
 	// failed or SaveState did: the guest runs as if nothing had happened, with
@@ -84,6 +86,33 @@ type Guest interface {
 	Release(ctx context.Context) error
 }
 
+// RelayGuest is a Guest whose hypervisor can copy the memory by itself. In a
+// relayed migration Relay takes the place of Memory, Discards and Drain; then
+// come Suspend, with a nil writer, and SaveState.
+type RelayGuest interface {
+	Guest
+	// Relayable says what forbids a relayed migration of this guest, as a
+	// *Refusal, or nil.
+	Relayable(ctx context.Context) error
+	// Relay has the hypervisor write all of the running guest to conn, and read
+	// from it what its other side answers, in the background until SaveState or
+	// Resume returns. It may stop the guest by itself once what is left fits
+	// target. An error, too, is undone by Resume. The guest has ram bytes of
+	// memory.
+	Relay(ctx context.Context, conn io.ReadWriter, target time.Duration) (ram int64, err error)
+	// AwaitPass returns when the hypervisor has finished a pass, or has stopped
+	// the guest.
+	AwaitPass(ctx context.Context) (RelayPass, error)
+}
+
+// RelayPass is the hypervisor's account of one of its passes.
+type RelayPass struct {
+	Pass
+	// Stopped says that the hypervisor has stopped the guest, in this pass, of
+	// which this is the live part. There is none after it.
+	Stopped bool
+}
+
 // Offer is what a destination learns about a guest before it takes it.
 type Offer struct {
 	Migration  string // the migration's id, a UUID
@@ -92,7 +121,8 @@ type Offer struct {
 	UUID       string
 	Epoch      uint64 // the epoch that the guest will have at the destination
 	Definition []byte
-	Blocks     []BlockInfo
+	Mode       Mode
+	Blocks     []BlockInfo // none in relay mode
 }
 
 // BlockInfo describes a block of guest RAM across hosts.
@@ -118,10 +148,11 @@ type Shell interface {
 	// Answer is what the source's hypervisor is to know of the shell, for
 	// Guest.Prepared; nil for nothing.
 	Answer() []byte
-	// LoadState feeds the device state to the hypervisor. It reads r to its
-	// end and returns when the hypervisor has loaded all of it; the vCPUs stay
-	// stopped.
-	LoadState(ctx context.Context, r io.Reader) error
+	// LoadState feeds the device state to the hypervisor, or in a relayed
+	// migration the whole guest. It reads r to its end and returns when the
+	// hypervisor has loaded all of it; the vCPUs stay stopped. What the
+	// hypervisor says to its other side goes to answers, unless that is nil.
+	LoadState(ctx context.Context, r io.Reader, answers io.Writer) error
 	// Resume connects the guest's network and starts its vCPUs. From here on
 	// the shell is a guest like any other of this host. An error that has
 	// ErrNotStarted in its chain means that no vCPU ran, for certain; after any

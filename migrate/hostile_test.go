@@ -80,6 +80,7 @@ func (r *rogue) offer() {
 	r.ctl = newControl(r.dial(preamble{id: testID}), 2*time.Second)
 	r.t.Cleanup(r.ctl.close)
 	m := offerMsg{
+		Mode:       Direct,
 		Handover:   Handover{ID: testID.String(), Guest: "g", UUID: uuid.NewString(), Source: "host1", Destination: "host2", Epoch: 1},
 		Definition: []byte("definition"), Blocks: []BlockInfo{{Name: "ram", Size: 64 * PageSize}}, Streams: 1,
 	}

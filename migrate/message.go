@@ -15,6 +15,7 @@ type (
 	offerMsg struct {
 		Handover   Handover    `json:"handover"`
 		Definition []byte      `json:"definition"`
+		Mode       Mode        `json:"mode"`
 		Blocks     []BlockInfo `json:"blocks"`
 		Streams    int         `json:"streams"`
 		Verify     bool        `json:"verify"`
@@ -99,7 +100,11 @@ func (m *offerMsg) check(id uuid.UUID, peer, host string) error {
 		return violation("epoch %d", h.Epoch)
 	case m.Streams < 1 || m.Streams > MaxStreams:
 		return violation("%d streams, 1 to %d are allowed", m.Streams, MaxStreams)
-	case len(m.Blocks) < 1 || len(m.Blocks) > maxBlocks:
+	case m.Mode != Direct && m.Mode != Relay:
+		return violation("mode %q", m.Mode)
+	case m.Mode == Relay && (len(m.Blocks) != 0 || m.Verify):
+		return violation("memory blocks, or their verification, in relay mode")
+	case m.Mode == Direct && len(m.Blocks) < 1 || len(m.Blocks) > maxBlocks:
 		return violation("%d memory blocks, 1 to %d are allowed", len(m.Blocks), maxBlocks)
 	}
 	if _, err := uuid.Parse(h.UUID); err != nil {

@@ -17,6 +17,8 @@ type Options struct {
 	Bandwidth      int64         // bytes a second for the live passes, 0 for no limit; the switchover is never limited
 	Streams        int           // parallel data connections; 2
 	Verify         bool          // hash every page on both sides while the guest is stopped
+	Mode           Mode          // empty for direct, or else relay
+	Compress       bool          // in relay mode, where the hypervisor's stream is compressed
 	Timeout        time.Duration // for the whole migration, 0 for none; it cannot interrupt a commit
 }
 

@@ -12,7 +12,9 @@ import (
 type peer struct {
 	ctl   *control
 	inbox chan message
-	done  sync.WaitGroup
+	// answers are what the destination's hypervisor says to ours, in relay mode.
+	answers *answers
+	done    sync.WaitGroup
 }
 
 type message struct {
@@ -42,10 +44,11 @@ func (s *Sender) connect(ctx context.Context, dial func(context.Context) (net.Co
 	}
 	// The destination sends at most a message a pass and a handful besides;
 	// one that sends more than fit here is cut off.
-	pr := &peer{ctl: newControl(conn, timeout), inbox: make(chan message, 64)}
+	pr := &peer{ctl: newControl(conn, timeout), inbox: make(chan message, 64), answers: newAnswers()}
 	pr.done.Add(1)
 	go func() {
 		defer pr.done.Done()
+		defer pr.answers.close()
 		lost(pr.listen())
 	}()
 	return pr, nil
@@ -83,6 +86,11 @@ func (p *peer) listen() error {
 				return err
 			}
 			return &withdrawnError{reason: m.Reason}
+		case ctlAnswer:
+			if err := p.answers.write(body); err != nil {
+				return err
+			}
+			continue
 		}
 		select {
 		case p.inbox <- message{t, append([]byte(nil), body...)}:

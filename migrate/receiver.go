@@ -102,7 +102,7 @@ func (r *Receiver) serveData(conn net.Conn, p preamble, peer string) error {
 func (r *Receiver) serveControl(ctx context.Context, conn net.Conn, p preamble, peer string) error {
 	s := &session{
 		r: r, id: p.id, peer: peer, gate: newGate(),
-		ctl: newControl(conn, r.peerTimeout()), word: make(chan controlType, 1),
+		ctl: newControl(conn, r.peerTimeout()), word: make(chan controlType, 1), halted: make(chan struct{}),
 		conns: make(map[int]net.Conn), log: r.log().With("migration", p.id.String(), "source", peer),
 	}
 	defer s.ctl.close()

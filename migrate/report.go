@@ -31,7 +31,7 @@ type Report struct {
 	Guest            string           `json:"guest"`
 	Source           string           `json:"source"`
 	Destination      string           `json:"destination"`
-	Mode             string           `json:"mode"`
+	Mode             Mode             `json:"mode"`
 	Result           Result           `json:"result"`
 	Error            string           `json:"error"` // why it did not complete, or what is to be known of one that did; else empty
 	SwitchoverReason SwitchoverReason `json:"switchover_reason"`

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"sync"
@@ -31,7 +32,7 @@ type session struct {
 	mem      blocks
 
 	mu       sync.Mutex
-	intake   *intake // nil before prepared and after the streams are closed
+	intake   func(index int, conn io.Reader) error // nil before prepared and after the streams are closed
 	conns    map[int]net.Conn
 	taken    int    // stream indexes used
 	final    uint32 // the last pass, 0 while the guest runs
@@ -40,6 +41,10 @@ type session struct {
 	pagesAt  time.Time // when the last page was in place
 	complete bool      // nothing more is due on the streams
 	end      context.CancelCauseFunc
+
+	// In relay mode, where there is no gate and no memory of ours.
+	assembly *assembly
+	halted   chan struct{} // closed when the guest stands still
 
 	listening chan struct{} // closed when the listener has ended
 	streams   sync.WaitGroup
@@ -110,13 +115,17 @@ func (s *session) prepare(ctx context.Context) error {
 	h := s.offer.Handover
 	shell, err := s.r.Host.Prepare(ctx, Offer{
 		Migration: h.ID, Source: h.Source, Guest: h.Guest, UUID: h.UUID, Epoch: h.Epoch,
-		Definition: s.offer.Definition, Blocks: s.offer.Blocks,
+		Definition: s.offer.Definition, Mode: s.offer.Mode, Blocks: s.offer.Blocks,
 	})
 	if err != nil {
 		return err
 	}
 	s.shell = shell
-	if err := s.open(ctx); err != nil {
+	open := s.open
+	if s.relayed() {
+		open = s.openRelay
+	}
+	if err := open(ctx); err != nil {
 		return errors.Join(err, s.destroy())
 	}
 	return nil
@@ -138,9 +147,19 @@ func (s *session) open(ctx context.Context) error {
 		s.mem.unmap()
 		return fmt.Errorf("note the shell: %w", err)
 	}
+	in := newIntake(s.mem, s.offer.Streams, s.passDone)
+	s.accept(func(_ int, conn io.Reader) error { return in.serve(conn) })
+	return s.sayPrepared()
+}
+
+// accept lets data connections in.
+func (s *session) accept(intake func(index int, conn io.Reader) error) {
 	s.mu.Lock()
-	s.intake = newIntake(s.mem, s.offer.Streams, s.passDone)
-	s.mu.Unlock()
+	defer s.mu.Unlock()
+	s.intake = intake
+}
+
+func (s *session) sayPrepared() error {
 	s.prepared.Store(true)
 	if err := s.ctl.send(ctlPrepared, preparedMsg{Answer: s.shell.Answer()}); err != nil {
 		s.closeStreams()
@@ -175,6 +194,9 @@ func ordered(have []Memory, want []BlockInfo) ([]Memory, error) {
 // receive loads the device state once every page is in place, and returns how
 // long that took from there.
 func (s *session) receive(ctx context.Context) (time.Duration, error) {
+	if s.relayed() {
+		return s.receiveRelayed(ctx)
+	}
 	unblock := context.AfterFunc(ctx, func() {
 		s.gate.fail(context.Cause(ctx))
 		s.hangUp()
@@ -187,7 +209,7 @@ func (s *session) receive(ctx context.Context) (time.Duration, error) {
 	case <-ctx.Done():
 		return 0, context.Cause(ctx)
 	}
-	if err := s.shell.LoadState(ctx, s.gate); err != nil {
+	if err := s.shell.LoadState(ctx, s.gate, nil); err != nil {
 		return 0, fmt.Errorf("load device state: %w", err)
 	}
 	s.mu.Lock()
@@ -210,9 +232,12 @@ func (s *session) listen() error {
 		}
 		switch t {
 		case ctlState:
-			if !s.prepared.Load() {
+			switch {
+			case !s.prepared.Load():
 				err = violation("device state before prepared")
-			} else {
+			case s.relayed():
+				err = violation("device state in relay mode")
+			default:
 				err = s.gate.write(body)
 			}
 		case ctlStopped:
@@ -261,6 +286,9 @@ func (s *session) spoken(t controlType, body []byte) error {
 
 // guestStopped notes which pass is the last.
 func (s *session) guestStopped(pass uint32) error {
+	if s.relayed() {
+		return s.relayStopped(pass)
+	}
 	if err := s.gate.stopped(); err != nil {
 		return err
 	}
@@ -322,7 +350,7 @@ func (s *session) advance() error {
 func (s *session) serveData(conn net.Conn, index int) error {
 	s.mu.Lock()
 	in := s.intake
-	if in == nil || index >= in.streams || s.taken&(1<<index) != 0 {
+	if in == nil || index >= s.offer.Streams || s.taken&(1<<index) != 0 {
 		s.mu.Unlock()
 		return violation("data stream %d is not due", index)
 	}
@@ -331,7 +359,7 @@ func (s *session) serveData(conn net.Conn, index int) error {
 	s.streams.Add(1)
 	s.mu.Unlock()
 	defer s.streams.Done()
-	err := in.serve(conn)
+	err := in(index, conn)
 	s.mu.Lock()
 	complete := s.complete
 	delete(s.conns, index)

@@ -102,6 +102,7 @@ func (s *session) closeStreams() {
 	defer s.mu.Unlock()
 	s.mem.unmap()
 	s.mem = nil
+	s.assembly.close()
 }
 
 // lingerFor is how long the source has to close a connection that has served

@@ -40,6 +40,8 @@ type source struct {
 	mem     blocks
 	peer    *peer
 	streams *streams
+	relayed RelayGuest // nil in direct mode
+	carrier *carrier   // likewise, and until the passes begin
 	tracker Tracker
 	sent    []*dirtymap.Bitmap // pages that the destination has data for
 	pending []*dirtymap.Bitmap // written, and not sent yet, when the passes end
@@ -97,7 +99,7 @@ func newSource(s *Sender, job Job) *source {
 	}
 	m.report = &Report{
 		ID: job.ID, Guest: m.h.Guest, Source: s.Host, Destination: job.Destination,
-		Mode: "direct", Passes: []Pass{},
+		Mode: Direct, Passes: []Pass{},
 	}
 	log := s.Log
 	if log == nil {
@@ -136,10 +138,10 @@ func (m *source) run(ctx context.Context) error {
 		do    func(context.Context) error
 	}{
 		{SourcePreparing, work, func(ctx context.Context) error { return m.prepare(ctx, lost) }},
-		{SourceTracking, work, m.track},
-		{SourceCopying, work, m.precopy},
-		{SourceSuspending, work, m.suspend},
-		{SourceFinalCopy, work, m.finalCopy},
+		{SourceTracking, work, m.by(m.track, m.relay)},
+		{SourceCopying, work, m.by(m.precopy, m.relayPasses)},
+		{SourceSuspending, work, m.by(m.suspend, m.relaySuspend)},
+		{SourceFinalCopy, work, m.by(m.finalCopy, m.relayRest)},
 		{SourceReadyWait, work, m.awaitReady},
 		{SourceCommitting, life, m.commit},
 		{SourceHandedOver, life, m.awaitOwned},
@@ -184,18 +186,14 @@ func (m *source) prepare(ctx context.Context, lost func(error)) error {
 	if m.sender.Host == m.job.Destination {
 		return &Refusal{Reasons: []string{fmt.Sprintf("guest %q is on host %q already", m.h.Guest, m.sender.Host)}}
 	}
-	if err := m.job.Guest.Movable(ctx); err != nil {
+	if err := m.choose(ctx); err != nil {
 		return err
 	}
-	memory, err := m.job.Guest.Memory(ctx)
-	if err != nil {
-		return fmt.Errorf("look up guest memory: %w", err)
+	if m.relayed == nil {
+		if err := m.open(ctx); err != nil {
+			return err
+		}
 	}
-	if m.mem, err = mapMemory(memory, false); err != nil {
-		return err
-	}
-	m.report.RAMBytes = m.mem.pages() * PageSize
-	m.sent, m.scratch = m.mem.bitmaps(), m.mem.bitmaps()
 	definition, err := m.job.Guest.Definition(ctx)
 	if err != nil {
 		return fmt.Errorf("describe the guest: %w", err)
@@ -204,7 +202,7 @@ func (m *source) prepare(ctx context.Context, lost func(error)) error {
 	if err != nil {
 		return fmt.Errorf("connect to host %q: %w", m.job.Destination, err)
 	}
-	offer := offerMsg{Handover: m.h, Definition: definition, Blocks: m.mem.infos(), Streams: m.opts.Streams, Verify: m.opts.Verify}
+	offer := offerMsg{Handover: m.h, Definition: definition, Mode: m.report.Mode, Blocks: m.mem.infos(), Streams: m.opts.Streams, Verify: m.opts.Verify}
 	if err := m.peer.ctl.send(ctlOffer, offer); err != nil {
 		return err
 	}
@@ -220,6 +218,20 @@ func (m *source) prepare(ctx context.Context, lost func(error)) error {
 		return err
 	}
 	context.AfterFunc(ctx, m.streams.close) // a stream that is stuck in a write ends with the work
+	return nil
+}
+
+// open maps the guest's memory.
+func (m *source) open(ctx context.Context) error {
+	memory, err := m.job.Guest.Memory(ctx)
+	if err != nil {
+		return fmt.Errorf("look up guest memory: %w", err)
+	}
+	if m.mem, err = mapMemory(memory, false); err != nil {
+		return err
+	}
+	m.report.RAMBytes = m.mem.pages() * PageSize
+	m.sent, m.scratch = m.mem.bitmaps(), m.mem.bitmaps()
 	return nil
 }
 
@@ -359,6 +371,7 @@ func (m *source) cleanUp() {
 		m.report.BytesSent += m.streams.sent.Load()
 		m.streams.close()
 	}
+	m.carrier.close()
 	if m.peer != nil {
 		m.report.BytesSent += m.peer.ctl.sent.Load()
 		m.peer.close()

@@ -22,6 +22,8 @@ const (
 
 	maxControlBody = 1 << 20
 	maxStateChunk  = 256 << 10
+	maxAnswer      = 4 << 10
+	maxChunk       = 256 << 10 // of a relayed stream, before it is compressed
 	maxBlocks      = 64
 	maxRunPages    = 512   // pages in one frame
 	maxHashes      = 32768 // hashes in one frame
@@ -106,6 +108,7 @@ const (
 	ctlAbort
 	ctlFailed
 	ctlPing
+	ctlAnswer
 	ctlLimit // one past the last
 )
 
@@ -114,7 +117,7 @@ var controlNames = [...]string{
 	ctlState: "state", ctlStopped: "stopped", ctlStateEnd: "state-end", ctlVerified: "verified",
 	ctlReady: "ready", ctlCommit: "commit", ctlRunning: "running", ctlOwned: "owned",
 	ctlWithdrawn: "withdrawn", ctlAnnounced: "announced", ctlAbort: "abort", ctlFailed: "failed",
-	ctlPing: "ping",
+	ctlPing: "ping", ctlAnswer: "answer",
 }
 
 func (t controlType) String() string {
@@ -138,8 +141,11 @@ func parseControlHeader(b []byte) (controlType, int, error) {
 		return 0, 0, violation("%v: reserved bits set", t)
 	}
 	limit := uint32(maxControlBody)
-	if t == ctlState {
+	switch t {
+	case ctlState:
 		limit = maxStateChunk
+	case ctlAnswer:
+		limit = maxAnswer
 	}
 	if n > limit {
 		return 0, 0, violation("%v: body of %d bytes, at most %d", t, n, limit)
@@ -155,20 +161,31 @@ const (
 	dataHashes
 	dataZeroHashes
 	dataEnd
+	dataStream
 )
 
-// dataHeader describes a run of pages on a data connection.
+// encoding is how a chunk of a relayed stream travels.
+type encoding uint8
+
+const (
+	plain encoding = iota
+	zstandard
+)
+
+// dataHeader describes a run of pages on a data connection, or a chunk of a
+// relayed stream.
 type dataHeader struct {
 	typ    dataType
+	enc    encoding
 	block  uint16
-	pages  uint32
-	first  uint64 // page index within the block
+	pages  uint32 // of a chunk: its bytes before compression
+	first  uint64 // page index within the block; of a chunk: its number, from 0
 	pass   uint32
 	length uint32 // bytes of payload
 }
 
 func (h dataHeader) put(b []byte) {
-	b[0], b[1] = byte(h.typ), 0
+	b[0], b[1] = byte(h.typ), byte(h.enc)
 	binary.BigEndian.PutUint16(b[2:], h.block)
 	binary.BigEndian.PutUint32(b[4:], h.pages)
 	binary.BigEndian.PutUint64(b[8:], h.first)
@@ -180,14 +197,18 @@ func (h dataHeader) put(b []byte) {
 func parseDataHeader(b []byte) (dataHeader, error) {
 	h := dataHeader{
 		typ:    dataType(b[0]),
+		enc:    encoding(b[1]),
 		block:  binary.BigEndian.Uint16(b[2:]),
 		pages:  binary.BigEndian.Uint32(b[4:]),
 		first:  binary.BigEndian.Uint64(b[8:]),
 		pass:   binary.BigEndian.Uint32(b[16:]),
 		length: binary.BigEndian.Uint32(b[20:]),
 	}
-	if b[1] != 0 {
-		return h, violation("encoding %d", b[1])
+	if h.typ == dataStream {
+		return h, h.checkChunk()
+	}
+	if h.enc != plain {
+		return h, violation("encoding %d", h.enc)
 	}
 	var limit, each uint32
 	switch h.typ {
@@ -213,6 +234,19 @@ func parseDataHeader(b []byte) (dataHeader, error) {
 		return h, violation("%d bytes for %d pages in a frame of type %d", h.length, h.pages, h.typ)
 	}
 	return h, nil
+}
+
+// checkChunk is parseDataHeader's for a chunk of a relayed stream.
+func (h dataHeader) checkChunk() error {
+	switch {
+	case h.block != 0 || h.pass != 1:
+		return violation("a chunk of block %d in pass %d", h.block, h.pass)
+	case h.pages == 0 || h.pages > maxChunk:
+		return violation("a chunk of %d bytes, 1 to %d are allowed", h.pages, maxChunk)
+	case h.enc == plain && h.length != h.pages, h.enc == zstandard && (h.length == 0 || h.length >= h.pages), h.enc > zstandard:
+		return violation("a chunk of %d bytes with encoding %d takes %d", h.pages, h.enc, h.length)
+	}
+	return nil
 }
 
 // within checks the run against the blocks of the offer.

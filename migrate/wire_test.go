@@ -98,7 +98,7 @@ func TestOfferCheck(t *testing.T) {
 	valid := func() offerMsg {
 		return offerMsg{
 			Handover: Handover{ID: testID.String(), Guest: "g", UUID: testID.String(), Source: "host1", Destination: "host2", Epoch: 2},
-			Blocks:   []BlockInfo{{Name: "ram", Size: PageSize}}, Streams: 2,
+			Mode:     Direct, Blocks: []BlockInfo{{Name: "ram", Size: PageSize}}, Streams: 2,
 		}
 	}
 	if m := valid(); m.check(testID, "host1", "host2") != nil {

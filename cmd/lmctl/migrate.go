@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -32,6 +33,8 @@ type migrateFlags struct {
 	bandwidth rateValue
 	streams   int32
 	verify    bool
+	mode      string
+	compress  bool
 	timeout   time.Duration
 	detach    bool
 }
@@ -56,6 +59,8 @@ func newMigrateCommand(o *options) *cobra.Command {
 	flags.Var(&f.bandwidth, "bandwidth", "limit while the guest runs, like 100MiB/s; 0 for none")
 	flags.Int32Var(&f.streams, "streams", migrate.DefaultStreams, "parallel connections, 1 to 16")
 	flags.BoolVar(&f.verify, "verify", false, "compare every page on both hosts while the guest stands still, which makes that longer")
+	flags.StringVar(&f.mode, "mode", "", "how the memory gets across: direct or relay; the best that the guest can have if not given (see lmctl guest show)")
+	flags.BoolVar(&f.compress, "compress", false, "compress what travels, in relay mode")
 	flags.DurationVar(&f.timeout, "timeout", 0, "give up after this time; 0 for never")
 	flags.BoolVar(&f.detach, "detach", false, "print the migration's id and leave it to the agent")
 	return cmd
@@ -64,7 +69,7 @@ func newMigrateCommand(o *options) *cobra.Command {
 // options are those that were given; the agent has defaults for the rest.
 func (f *migrateFlags) options(cmd *cobra.Command) *lmctlv1.MigrationOptions {
 	given := func(name string) bool { return cmd.Flags().Changed(name) }
-	m := &lmctlv1.MigrationOptions{Verify: f.verify}
+	m := &lmctlv1.MigrationOptions{Verify: f.verify, Mode: f.mode, Compress: f.compress}
 	if given("max-passes") {
 		m.MaxPasses = &f.maxPasses
 	}
@@ -86,7 +91,13 @@ func (f *migrateFlags) options(cmd *cobra.Command) *lmctlv1.MigrationOptions {
 
 // check refuses values that no agent takes.
 func (f *migrateFlags) check() error {
-	switch {
+	switch mode := migrate.Mode(f.mode); {
+	case mode != "" && mode != migrate.Direct && mode != migrate.Relay:
+		return usagef("--mode %s: %s or %s", f.mode, migrate.Direct, migrate.Relay)
+	case mode == migrate.Direct && f.compress:
+		return usagef("--compress is for relay mode")
+	case mode == migrate.Relay && f.verify:
+		return usagef("--verify is for direct mode: in relay mode the memory is QEMU's alone to read")
 	case f.maxPasses < 1:
 		return usagef("--max-passes %d: at least 1", f.maxPasses)
 	case f.target <= 0:
@@ -125,7 +136,7 @@ func (o *options) refused(req *lmctlv1.StartMigrationRequest, err error) error {
 	if !o.json || !errors.As(err, &remote) || remote.Result != string(migrate.Refused) {
 		return err
 	}
-	r := migrate.Report{Guest: req.Guest, Destination: req.Destination, Mode: "direct", Result: migrate.Refused, Error: remote.Cause, Passes: []migrate.Pass{}}
+	r := migrate.Report{Guest: req.Guest, Destination: req.Destination, Mode: cmp.Or(migrate.Mode(req.GetOptions().GetMode()), migrate.Direct), Result: migrate.Refused, Error: remote.Cause, Passes: []migrate.Pass{}}
 	if err := printJSON(o.out, &r); err != nil {
 		return err
 	}

@@ -211,11 +211,11 @@ type fakeShell struct {
 
 func (s *fakeShell) Answer() []byte { return nil }
 
-func (s *fakeShell) Memory() []migrate.Memory                   { return nil }
-func (s *fakeShell) LoadState(context.Context, io.Reader) error { return nil }
-func (s *fakeShell) Announce(context.Context) (int, error)      { return 0, nil }
-func (s *fakeShell) Lost() <-chan struct{}                      { return s.lost }
-func (s *fakeShell) Close() error                               { return nil }
+func (s *fakeShell) Memory() []migrate.Memory                              { return nil }
+func (s *fakeShell) LoadState(context.Context, io.Reader, io.Writer) error { return nil }
+func (s *fakeShell) Announce(context.Context) (int, error)                 { return 0, nil }
+func (s *fakeShell) Lost() <-chan struct{}                                 { return s.lost }
+func (s *fakeShell) Close() error                                          { return nil }
 func (s *fakeShell) Resume(context.Context) error {
 	s.d.did("run %s", s.name)
 	s.d.set(s.name, func(i *hypervisor.Info) { i.State = hypervisor.StateRunning })

@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"time"
 
@@ -39,7 +40,7 @@ func (s *migrationService) Start(_ context.Context, in *lmctlv1.StartMigrationRe
 func (s *migrationService) options(in *lmctlv1.MigrationOptions) (migrate.Options, error) {
 	c := s.a.cfg.Migration
 	o := migrate.Options{MaxPasses: c.MaxPasses, DowntimeTarget: c.DowntimeTarget, Bandwidth: int64(c.Bandwidth),
-		Streams: c.Streams, Timeout: c.Timeout, Verify: in.GetVerify()}
+		Streams: c.Streams, Timeout: c.Timeout, Verify: in.GetVerify(), Mode: migrate.Mode(in.GetMode()), Compress: in.GetCompress()}
 	if in != nil && in.MaxPasses != nil {
 		o.MaxPasses = int(in.GetMaxPasses())
 	}
@@ -56,6 +57,10 @@ func (s *migrationService) options(in *lmctlv1.MigrationOptions) (migrate.Option
 		o.Timeout = d.AsDuration()
 	}
 	switch {
+	case o.Mode != "" && o.Mode != migrate.Direct && o.Mode != migrate.Relay:
+		return o, fmt.Errorf("mode %q: there are %s and %s", o.Mode, migrate.Direct, migrate.Relay)
+	case o.Mode == migrate.Direct && o.Compress:
+		return o, errors.New("compression is for relay mode: in direct mode only pages travel that are not zero, uncompressed")
 	case o.MaxPasses < 1:
 		return o, fmt.Errorf("max passes %d: must be at least 1", o.MaxPasses)
 	case o.Streams < 1 || o.Streams > migrate.MaxStreams:

@@ -133,7 +133,7 @@ func (g *domain) info() hypervisor.Info {
 		i.PID = g.proc.pid
 		i.Mode, i.ModeReason = "direct", "its memory is in shared files"
 		if len(g.obstacles) > 0 {
-			i.Mode, i.ModeReason = "", strings.Join(g.obstacles, "; ")
+			i.Mode, i.ModeReason = relayMode(g.facts.xml, strings.Join(g.obstacles, "; "))
 		}
 	}
 	if g.end != nil {

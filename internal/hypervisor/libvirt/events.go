@@ -25,9 +25,13 @@ type link struct {
 
 // happening is what QEMU or libvirt say of a migration of a domain under way.
 type happening struct {
-	what string    // a migration's status, or suspended
+	what string    // a migration's status, suspended, or a pass
+	pass int       // the one that begins
 	at   time.Time // when it was so, or when we heard
 }
+
+// passEvent is QEMU's word that a pass of its own begins.
+const passEvent = "pass"
 
 // suspendedEvent is libvirt's word that a domain was stopped. It is not QEMU's
 // STOP, since go-libvirt loses events without details.
@@ -47,8 +51,8 @@ func (k *link) follow(g *domain) error {
 	k.subs[g.uuid] = true
 	g.d.wg.Go(func() {
 		for e := range until(g.d.ctx, events) {
-			if status := statusOf(e); status != "" {
-				g.d.hear(e.Domain.Name, happening{what: status, at: sentAt(e)})
+			if h := happeningOf(e); h.what != "" {
+				g.d.hear(e.Domain.Name, h)
 			}
 		}
 	})
@@ -72,15 +76,23 @@ func until[T any](ctx context.Context, from <-chan T) iter.Seq[T] {
 	}
 }
 
-// statusOf is the state of a migration that an event tells of, or nothing.
-func statusOf(e lv.DomainEvent) string {
+// happeningOf is what an event tells of a migration. One that tells nothing is
+// the zero value.
+func happeningOf(e lv.DomainEvent) happening {
 	var details struct {
 		Status string `json:"status"`
+		Pass   int    `json:"pass"`
 	}
-	if e.Event != "MIGRATION" || json.Unmarshal(e.Details, &details) != nil {
-		return ""
+	if json.Unmarshal(e.Details, &details) != nil {
+		return happening{}
 	}
-	return details.Status
+	switch e.Event {
+	case "MIGRATION":
+		return happening{what: details.Status, at: sentAt(e)}
+	case "MIGRATION_PASS":
+		return happening{what: passEvent, pass: details.Pass, at: sentAt(e)}
+	}
+	return happening{}
 }
 
 // sentAt is when QEMU sent an event.

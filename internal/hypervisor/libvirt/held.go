@@ -3,7 +3,10 @@ package libvirt
 import (
 	"fmt"
 	"io"
+	"net"
 	"sync"
+
+	"github.com/lmctl/lmctl/internal/hypervisor/qemu/devstate"
 )
 
 // maxHeld bounds the state that is held, in bytes: that of the devices, and all
@@ -36,6 +39,9 @@ func (h *heldWriter) Write(p []byte) (int, error) {
 	h.held = append(h.held, p...)
 	return len(p), nil
 }
+
+// from keeps the device state that QEMU says, rewritten on the way.
+func (h *heldWriter) from(conn *net.UnixConn) error { return devstate.Converse(h, conn) }
 
 // release passes on what was kept, and lets the rest pass.
 func (h *heldWriter) release() error {

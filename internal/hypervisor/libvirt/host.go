@@ -51,7 +51,7 @@ func (d *Driver) prepare(ctx context.Context, in migrate.Offer) (*Shell, error) 
 	if len(reasons) > 0 {
 		return nil, &migrate.Refusal{Reasons: reasons}
 	}
-	s, err := d.buildShell(ctx, l, o, x, in.Blocks)
+	s, err := d.buildShell(ctx, l, o, x, in)
 	if err != nil {
 		return nil, fmt.Errorf("prepare guest %s: %w", x.Name, err)
 	}
@@ -94,7 +94,7 @@ func (d *Driver) expect(o *offer, x *libvirtxml.Domain) (*domain, func(), error)
 	return g, done, nil
 }
 
-func (d *Driver) buildShell(ctx context.Context, l *link, o *offer, x *libvirtxml.Domain, blocks []migrate.BlockInfo) (_ *Shell, err error) {
+func (d *Driver) buildShell(ctx context.Context, l *link, o *offer, x *libvirtxml.Domain, in migrate.Offer) (_ *Shell, err error) {
 	g, done, err := d.expect(o, x)
 	if err != nil {
 		return nil, err
@@ -135,11 +135,11 @@ func (d *Driver) buildShell(ctx context.Context, l *link, o *offer, x *libvirtxm
 	if err != nil {
 		return nil, fmt.Errorf("libvirt cannot take it: %w", err)
 	}
-	return s, s.find(ctx, blocks)
+	return s, s.find(ctx, in)
 }
 
-// find finds the shell's process and its memory.
-func (s *Shell) find(ctx context.Context, blocks []migrate.BlockInfo) error {
+// find finds the shell's process and, unless QEMU fills it itself, its memory.
+func (s *Shell) find(ctx context.Context, in migrate.Offer) error {
 	if err := s.g.look(ctx, s.l); err != nil {
 		return err
 	}
@@ -149,15 +149,18 @@ func (s *Shell) find(ctx context.Context, blocks []migrate.BlockInfo) error {
 	if s.proc == nil {
 		return errNoProcess
 	}
+	if in.Mode == migrate.Relay {
+		return nil
+	}
 	memory, err := s.proc.blocks()
 	if err != nil {
 		return err
 	}
 	s.memory = memory
-	if len(memory) != len(blocks) {
-		return refusal("the guest has %d blocks of memory here and %d at the source; give both the same memory backing", len(memory), len(blocks))
+	if len(memory) != len(in.Blocks) {
+		return refusal("the guest has %d blocks of memory here and %d at the source; give both the same memory backing", len(memory), len(in.Blocks))
 	}
-	for _, b := range blocks {
+	for _, b := range in.Blocks {
 		if !has(memory, b) {
 			return refusal("there is no memory %s of %d bytes here; give the guest the same memory backing as at the source", b.Name, b.Size)
 		}

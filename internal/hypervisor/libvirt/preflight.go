@@ -25,22 +25,15 @@ func (s *Guest) Movable(ctx context.Context) error {
 	if err := s.g.look(ctx, l); err != nil {
 		return fmt.Errorf("look at guest %s: %w", s.g.name, err)
 	}
-	var reasons []string
-	say := func(format string, args ...any) { reasons = append(reasons, fmt.Sprintf(format, args...)) }
-	i := s.g.info()
-	if i.State != hypervisor.StateRunning {
-		say("the guest is not running (%s); let it go on first", i.Runstate)
+	reasons, err := s.g.anyModeReasons(ctx, l)
+	if err != nil {
+		return fmt.Errorf("look at guest %s: %w", s.g.name, err)
 	}
 	s.g.mu.Lock()
 	f := s.g.facts
 	s.g.mu.Unlock()
 	reasons = append(reasons, deviceReasons(f.xml)...)
-	reasons = append(reasons, s.memoryReasons()...)
-	more, err := s.g.libvirtReasons(ctx, l)
-	if err != nil {
-		return fmt.Errorf("look at guest %s: %w", s.g.name, err)
-	}
-	if reasons = append(reasons, more...); len(reasons) > 0 {
+	if reasons = append(reasons, s.memoryReasons()...); len(reasons) > 0 {
 		return &migrate.Refusal{Reasons: reasons}
 	}
 	return nil

@@ -20,6 +20,8 @@ type suspensionRecord struct {
 	UUID string `json:"uuid"`
 	// IgnoredShared is what the capability was before.
 	IgnoredShared bool `json:"ignored_shared"`
+	// Relayed says that the capability was not touched.
+	Relayed bool `json:"relayed,omitempty"`
 }
 
 // shellRecord is on disk while a domain is on its way here.

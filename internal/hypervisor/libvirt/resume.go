@@ -141,7 +141,7 @@ func (g *domain) restore(ctx context.Context, l *link) error {
 	err := read(g.files.suspension(), &before)
 	if errors.Is(err, fs.ErrNotExist) {
 		err = nil
-	} else if err == nil && !before.IgnoredShared {
+	} else if err == nil && !before.IgnoredShared && !before.Relayed {
 		err = g.setIgnoreShared(ctx, l, false)
 	}
 	if err == nil {

@@ -93,14 +93,14 @@ func (s *Shell) Lost() <-chan struct{} {
 
 // LoadState feeds r to QEMU and waits until it has loaded all of it and libvirt
 // has taken the domain for its own, paused.
-func (s *Shell) LoadState(ctx context.Context, r io.Reader) error {
-	if err := s.loadState(ctx, r); err != nil {
+func (s *Shell) LoadState(ctx context.Context, r io.Reader, answers io.Writer) error {
+	if err := s.loadState(ctx, r, answers); err != nil {
 		return fmt.Errorf("load the device state of guest %s: %w", s.g.name, err)
 	}
 	return nil
 }
 
-func (s *Shell) loadState(ctx context.Context, r io.Reader) error {
+func (s *Shell) loadState(ctx context.Context, r io.Reader, answers io.Writer) error {
 	conn, err := dial(ctx, s.socket, s.proc)
 	if err != nil {
 		return err
@@ -113,6 +113,7 @@ func (s *Shell) loadState(ctx context.Context, r io.Reader) error {
 	go func() {
 		finished <- do(ctx, s.l, func(l *link) error { return s.finish(l, false) })
 	}()
+	answered := answerTo(answers, conn)
 	_, copied := io.Copy(conn, r)
 	if copied == nil {
 		copied = conn.CloseWrite()
@@ -137,7 +138,18 @@ func (s *Shell) loadState(ctx context.Context, r io.Reader) error {
 	if err := conn.Close(); err != nil && !errors.Is(err, net.ErrClosed) {
 		return err
 	}
+	answered.Wait()
 	return copied
+}
+
+// answerTo passes on what QEMU says to its other side, until it says no more or
+// conn is closed. Why it says no more, its load tells.
+func answerTo(answers io.Writer, conn net.Conn) *sync.WaitGroup {
+	var passing sync.WaitGroup
+	if answers != nil {
+		passing.Go(func() { _, _ = io.Copy(answers, conn) })
+	}
+	return &passing
 }
 
 // finish ends libvirt's migration here: with the domain paused, or gone.

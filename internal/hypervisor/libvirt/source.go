@@ -40,6 +40,8 @@ type Guest struct {
 	// From Suspend to Resume or Release.
 	suspension *suspension
 	caught     *nics.Caught
+	relaying   bool           // Relay was called
+	answering  sync.WaitGroup // answers are being written to QEMU
 }
 
 var _ hypervisor.Source = (*Guest)(nil)
@@ -76,13 +78,15 @@ func (g *domain) source(done func()) (*Guest, error) {
 	return &Guest{g: g, proc: proc, pidfd: pidfd, done: done}, nil
 }
 
-// Close gives the domain back. It neither resumes nor releases it.
+// Close gives the domain back. It neither resumes nor releases it. What Relay was
+// given has come to its end.
 func (s *Guest) Close() error {
 	var err error
 	s.once.Do(func() {
 		if s.suspension != nil {
 			err = s.suspension.stream.close()
 		}
+		s.answering.Wait()
 		err = errors.Join(err, s.caught.Close(), closeBlocks(s.blocks), unix.Close(s.pidfd))
 		s.done()
 	})

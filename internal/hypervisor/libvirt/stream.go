@@ -4,15 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"os"
 	"path/filepath"
 	"time"
 
 	"golang.org/x/sys/unix"
-
-	"github.com/lmctl/lmctl/internal/hypervisor/qemu/devstate"
 )
 
 // streamFolder makes the folder of a domain's sockets, which QEMU's user alone
@@ -31,8 +28,8 @@ func (f files) streamFolder(uid, gid int) (string, error) {
 	return dir, os.Chown(dir, uid, gid)
 }
 
-// stateStream carries device state out of QEMU, rewritten on the way.
-type stateStream struct {
+// qemuStream is what QEMU says to a migration's destination.
+type qemuStream struct {
 	listener *net.UnixListener
 	done     chan struct{} // closed when nothing is written any more
 	err      error         // valid then; nil if QEMU's stream came to its end
@@ -43,9 +40,9 @@ type stateStream struct {
 // acceptTimeout is how long libvirt may take to have QEMU connect.
 const acceptTimeout = 30 * time.Second
 
-// forward waits for a process to connect to a socket at path and writes what it
-// says to w.
-func forward(path string, p *process, w io.Writer) (*stateStream, error) {
+// listenFor waits for a process to connect to a socket at path and has carry
+// take what it says, to its end.
+func listenFor(path string, p *process, carry func(*net.UnixConn) error) (*qemuStream, error) {
 	ln, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
 	if err != nil {
 		return nil, err
@@ -54,15 +51,15 @@ func forward(path string, p *process, w io.Writer) (*stateStream, error) {
 		return nil, errors.Join(err, ln.Close())
 	}
 	ctx, stop := context.WithCancel(context.Background())
-	s := &stateStream{listener: ln, done: make(chan struct{}), stop: stop}
+	s := &qemuStream{listener: ln, done: make(chan struct{}), stop: stop}
 	go func() {
 		defer close(s.done)
-		s.err = s.carry(ctx, p, w)
+		s.err = s.carry(ctx, p, carry)
 	}()
 	return s, nil
 }
 
-func (s *stateStream) carry(ctx context.Context, p *process, w io.Writer) (err error) {
+func (s *qemuStream) carry(ctx context.Context, p *process, carry func(*net.UnixConn) error) (err error) {
 	conn, err := s.listener.AcceptUnix()
 	if closeErr := s.listener.Close(); err == nil && !errors.Is(closeErr, net.ErrClosed) {
 		err = closeErr
@@ -81,7 +78,7 @@ func (s *stateStream) carry(ctx context.Context, p *process, w io.Writer) (err e
 	if err := from(conn, p); err != nil {
 		return err
 	}
-	return devstate.Converse(w, conn)
+	return carry(conn)
 }
 
 // from refuses a connection that is neither a process's nor root's: libvirtd
@@ -107,7 +104,7 @@ func from(conn *net.UnixConn, p *process) error {
 }
 
 // close breaks the stream off. Bytes may be written until done is closed.
-func (s *stateStream) close() error {
+func (s *qemuStream) close() error {
 	s.stop()
 	if err := s.listener.Close(); err != nil && !errors.Is(err, net.ErrClosed) {
 		return err

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"time"
 
 	lv "github.com/digitalocean/go-libvirt"
@@ -18,11 +19,16 @@ import (
 // Perform3 on.
 type suspension struct {
 	l         *link // the connection on which it was called, and is to be confirmed
-	stream    *stateStream
-	held      *heldWriter // between the stream and the destination, until SaveState
+	stream    *qemuStream
+	held      *heldWriter // between the stream and the destination, until SaveState; nil in relay mode
 	heard     *queue.Queue[happening]
 	performed chan struct{} // closed when Perform3 has returned
 	err       error         // of Perform3, valid then
+
+	// What has been heard so far.
+	stopped  time.Time // zero while the guest runs
+	standing bool      // it stands still, and its block I/O has landed
+	passes   passes
 }
 
 var (
@@ -42,6 +48,9 @@ func (s *Guest) Suspend(ctx context.Context, w io.Writer) (time.Time, error) {
 }
 
 func (s *Guest) suspend(ctx context.Context, w io.Writer) (time.Time, error) {
+	if s.relaying {
+		return s.stopNow(ctx)
+	}
 	if s.suspension != nil {
 		return time.Time{}, errSuspended
 	}
@@ -52,28 +61,39 @@ func (s *Guest) suspend(ctx context.Context, w io.Writer) (time.Time, error) {
 	if s.cookie == nil {
 		return s.standStill(ctx, l)
 	}
-	if err := s.unchanged(ctx, l); err != nil {
-		return time.Time{}, err
-	}
 	before, err := s.g.ignoresShared(ctx, l)
 	if err != nil {
 		return time.Time{}, err
 	}
-	if err := write(s.g.files.suspension(), suspensionRecord{Name: s.g.name, UUID: s.g.uuid, IgnoredShared: before}); err != nil {
-		return time.Time{}, err
-	}
-	s.g.tell(func() { s.g.suspended = true })
-	if err := l.follow(s.g); err != nil {
+	if err := s.note(ctx, l, suspensionRecord{Name: s.g.name, UUID: s.g.uuid, IgnoredShared: before}); err != nil {
 		return time.Time{}, err
 	}
 	if err := s.g.setIgnoreShared(ctx, l, true); err != nil {
 		return time.Time{}, err
 	}
-	s.caught = nics.Catch(s.g.d.log, s.g.name, s.g.cards())
-	if err := s.perform(l, w); err != nil {
+	held := &heldWriter{w: w}
+	if err := s.perform(l, held.from); err != nil {
 		return time.Time{}, err
 	}
+	s.suspension.held = held
 	return s.awaitStop(ctx)
+}
+
+// note begins a suspension: what is to be known of it is on disk before anything
+// is done to the domain, which must be as it was offered.
+func (s *Guest) note(ctx context.Context, l *link, r suspensionRecord) error {
+	if err := s.unchanged(ctx, l); err != nil {
+		return err
+	}
+	if err := write(s.g.files.suspension(), r); err != nil {
+		return err
+	}
+	s.g.tell(func() { s.g.suspended = true })
+	if err := l.follow(s.g); err != nil {
+		return err
+	}
+	s.caught = nics.Catch(s.g.d.log, s.g.name, s.g.cards())
+	return nil
 }
 
 // unchanged makes sure that the domain is as it was offered, and runs.
@@ -106,18 +126,17 @@ func (s *Guest) standStill(ctx context.Context, l *link) (time.Time, error) {
 	return time.Now(), err
 }
 
-// perform begins the call Perform3.
-func (s *Guest) perform(l *link, w io.Writer) error {
+// perform begins the call Perform3, and has carry take what QEMU then says.
+func (s *Guest) perform(l *link, carry func(*net.UnixConn) error) error {
 	dir, err := s.g.files.streamFolder(s.proc.uid, s.proc.gid)
 	if err != nil {
 		return err
 	}
-	held := &heldWriter{w: w}
-	stream, err := forward(outgoingSocket(dir), s.proc, held)
+	stream, err := listenFor(outgoingSocket(dir), s.proc, carry)
 	if err != nil {
 		return err
 	}
-	p := &suspension{l: l, stream: stream, held: held, heard: queue.New[happening](), performed: make(chan struct{})}
+	p := &suspension{l: l, stream: stream, heard: queue.New[happening](), performed: make(chan struct{})}
 	s.suspension = p
 	s.g.listen(p.heard)
 	parameters := []lv.TypedParam{
@@ -146,44 +165,73 @@ const maxDowntime = 2000 * time.Second
 // QEMU says STOP before it drains, and pre-switchover after.
 func (s *Guest) awaitStop(ctx context.Context) (time.Time, error) {
 	p := s.suspension
-	var stopped time.Time
 	hurry := time.NewTimer(convergeTimeout)
 	defer hurry.Stop()
+	if err := s.await(ctx, func() bool { return p.standing }, hurry.C); err != nil {
+		return time.Time{}, err
+	}
+	s.caught.Stopped(p.stopped)
+	return p.stopped, nil
+}
+
+// heard takes note of what happens.
+func (s *Guest) heard(ctx context.Context, h happening) error {
+	p := s.suspension
+	switch h.what {
+	case suspendedEvent:
+		p.stopped = earlier(p.stopped, h.at)
+	case "pre-switchover", "device", "completed":
+		// Libvirt's word of the stop may come after QEMU's of what follows it.
+		p.stopped, p.standing = earlier(p.stopped, h.at), true
+	case "failed", "cancelled":
+		return s.failure(ctx)
+	case passEvent:
+		p.passes.begun(h)
+	}
+	return nil
+}
+
+// await listens until enough has been heard, which it asks after each thing, or
+// the migration has failed. When hurry comes, QEMU is told to stop the guest.
+func (s *Guest) await(ctx context.Context, enough func() bool, hurry <-chan time.Time) error {
+	p := s.suspension
 	performed, streamed := p.performed, p.stream.done
 	for {
-		for h, ok, _ := p.heard.Take(); ok; h, ok, _ = p.heard.Take() {
-			switch h.what {
-			case suspendedEvent:
-				stopped = earlier(stopped, h.at)
-			case "pre-switchover", "device", "completed":
-				// Libvirt's word of the stop may come after QEMU's of what
-				// follows it.
-				stopped = earlier(stopped, h.at)
-				s.caught.Stopped(stopped)
-				return stopped, nil
-			case "failed", "cancelled":
-				return time.Time{}, s.failure(ctx)
+		if enough() {
+			return nil
+		}
+		if h, ok, _ := p.heard.Take(); ok {
+			if err := s.heard(ctx, h); err != nil {
+				return err
 			}
+			continue
 		}
 		select {
 		case <-p.heard.Woken():
 		case <-performed:
 			if p.err != nil {
-				return time.Time{}, s.failure(ctx)
+				return s.failure(ctx)
 			}
 			performed = nil // it is over, and the events are on their way
 		case <-streamed:
 			if p.stream.err != nil {
-				return time.Time{}, s.failure(ctx)
+				return s.failure(ctx)
 			}
 			streamed = nil // likewise
-		case <-hurry.C:
-			if err := p.l.DomainMigrateSetMaxDowntime(s.g.ref(), uint64(maxDowntime.Milliseconds()), 0); err != nil {
-				s.g.d.log.Debug("hurry QEMU's migration", "guest", s.g.name, "error", err)
-			}
+		case <-hurry:
+			s.allow(maxDowntime)
 		case <-ctx.Done():
-			return time.Time{}, context.Cause(ctx)
+			return context.Cause(ctx)
 		}
+	}
+}
+
+// allow tells QEMU how long the guest may stand still. That comes too late when
+// it has stopped it already.
+func (s *Guest) allow(downtime time.Duration) {
+	err := s.suspension.l.DomainMigrateSetMaxDowntime(s.g.ref(), uint64(max(downtime.Milliseconds(), 1)), 0)
+	if err != nil {
+		s.g.d.log.Debug("tell QEMU the downtime", "guest", s.g.name, "downtime", downtime, "error", err)
 	}
 }
 
@@ -247,8 +295,10 @@ func (s *Guest) saveState(ctx context.Context) error {
 	if p == nil {
 		return errors.New("it was not suspended")
 	}
-	if err := p.held.release(); err != nil {
-		return err
+	if p.held != nil {
+		if err := p.held.release(); err != nil {
+			return err
+		}
 	}
 	streamed, performed := p.stream.done, p.performed
 	for streamed != nil || performed != nil {

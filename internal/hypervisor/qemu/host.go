@@ -33,6 +33,9 @@ func (d *Driver) prepare(ctx context.Context, offer migrate.Offer) (*Shell, erro
 	if err != nil {
 		return nil, refusal("the guest's description cannot be read: %v", err)
 	}
+	if offer.Mode == migrate.Relay {
+		return nil, refusal("guests without libvirt come here in direct mode only; leave the mode to lmctl")
+	}
 	if err := matchOffer(offer, def); err != nil {
 		return nil, err
 	}

@@ -190,7 +190,7 @@ func TestShellLost(t *testing.T) {
 	}
 	sendSignal(t, shell.inst, unix.SIGKILL)
 	<-shell.Lost()
-	if err := shell.LoadState(testContext(t), strings.NewReader("x")); err == nil {
+	if err := shell.LoadState(testContext(t), strings.NewReader("x"), nil); err == nil {
 		t.Error("LoadState of a lost shell succeeded")
 	}
 	if err := shell.Destroy(testContext(t)); err != nil {
@@ -203,7 +203,7 @@ func TestShellLost(t *testing.T) {
 func TestLoadGarbage(t *testing.T) {
 	for _, state := range []string{"", "garbage", "QEVM\x00\x00\x00\x03\x00"} {
 		_, there, _, _, shell := preparedShell(t)
-		err := shell.LoadState(testContext(t), strings.NewReader(state))
+		err := shell.LoadState(testContext(t), strings.NewReader(state), nil)
 		if err == nil {
 			t.Fatalf("LoadState(%q) succeeded", state)
 		}
@@ -223,7 +223,7 @@ func loaded(t *testing.T, g *flatGuest, src *Guest, shell *Shell) {
 	ctx := testContext(t)
 	r, w := io.Pipe()
 	var loading errgroup.Group
-	loading.Go(func() error { return shell.LoadState(ctx, r) })
+	loading.Go(func() error { return shell.LoadState(ctx, r, nil) })
 	if _, err := src.Suspend(ctx, w); err != nil {
 		t.Fatal(err)
 	}

@@ -36,7 +36,7 @@ func move(t *testing.T, from, to *host, g *flatGuest) {
 	shell := to.shell(t, offerOf(t, src))
 	r, w := io.Pipe()
 	var loading errgroup.Group
-	loading.Go(func() error { return shell.LoadState(ctx, r) })
+	loading.Go(func() error { return shell.LoadState(ctx, r, nil) })
 	if _, err := src.Suspend(ctx, w); err != nil {
 		t.Fatal(err)
 	}

@@ -210,8 +210,9 @@ func (s *Shell) Answer() []byte { return nil }
 // Lost is closed when QEMU has ended.
 func (s *Shell) Lost() <-chan struct{} { return s.lost }
 
-// LoadState feeds r to QEMU and waits until it has loaded all of it.
-func (s *Shell) LoadState(ctx context.Context, r io.Reader) error {
+// LoadState feeds r to QEMU and waits until it has loaded all of it. There are no
+// answers: the source opens no return path.
+func (s *Shell) LoadState(ctx context.Context, r io.Reader, _ io.Writer) error {
 	if err := s.loadState(ctx, r); err != nil {
 		return fmt.Errorf("load the device state of guest %s: %w", s.v.def.Name, err)
 	}
