@@ -78,9 +78,12 @@ func (c *console) Close() error { return c.file.Close() }
 // answers requests, until ctx ends.
 func (c *console) serve(ctx context.Context, g *guest) error {
 	var wg sync.WaitGroup
-	defer wg.Wait()
-	stop := context.AfterFunc(ctx, func() { _ = c.file.SetReadDeadline(time.Unix(1, 0)) })
-	defer stop()
+	defer func() {
+		// Here, and not when ctx ends: that may be told to this function first,
+		// and taking the wish back would leave the reader waiting for ever.
+		_ = c.file.SetReadDeadline(time.Unix(1, 0))
+		wg.Wait()
+	}()
 	wg.Go(func() { g.converse(ctx, &marked{c}) })
 	if err := c.report(control.ReadyMark, g); err != nil {
 		return err

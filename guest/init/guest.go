@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"runtime"
+	"runtime/pprof"
 	"strconv"
 	"strings"
 	"time"
@@ -73,6 +74,7 @@ func newGuest(s control.Settings, started time.Time) (*guest, error) {
 func (g *guest) serve(ctx context.Context, console *console) error {
 	ctx, g.off = context.WithCancel(ctx)
 	defer g.off()
+	defer context.AfterFunc(ctx, watchEnd)()
 	group, ctx := errgroup.WithContext(ctx)
 	plain := func(f func(context.Context)) {
 		group.Go(func() error { f(ctx); return nil })
@@ -89,6 +91,17 @@ func (g *guest) serve(ctx context.Context, console *console) error {
 	}
 	group.Go(func() error { return console.serve(ctx, g) })
 	return group.Wait()
+}
+
+// endPatience is how long the services may take to end when they are told to.
+const endPatience = 20 * time.Second
+
+// watchEnd says on the console what keeps a guest from powering off.
+func watchEnd() {
+	time.AfterFunc(endPatience, func() {
+		fmt.Fprintf(os.Stderr, "init: not powered off within %v:\n", endPatience)
+		_ = pprof.Lookup("goroutine").WriteTo(os.Stderr, 2) // there is no other way to tell
+	})
 }
 
 // background gives f a thread of its own that the kernel runs only when no other
