@@ -42,6 +42,9 @@ func newAssembly(streams int) (*assembly, error) {
 
 // fail ends a Read and a serve that wait.
 func (a *assembly) fail(err error) {
+	if a == nil {
+		return // in direct mode
+	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if a.err == nil {

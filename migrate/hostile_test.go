@@ -61,7 +61,7 @@ func newRogue(t *testing.T) *rogue {
 	return r
 }
 
-func (r *rogue) dial(p preamble) net.Conn {
+func (r *rogue) dial(p preamble) *net.TCPConn {
 	r.t.Helper()
 	c, err := net.Dial("tcp", r.addr)
 	if err != nil {
@@ -71,19 +71,22 @@ func (r *rogue) dial(p preamble) net.Conn {
 	if _, err := c.Write(p.append(nil)); err != nil {
 		r.t.Fatal(err)
 	}
-	return c
+	return c.(*net.TCPConn)
 }
 
 // offer gets a shell of 64 pages with one stream prepared.
 func (r *rogue) offer() {
 	r.t.Helper()
+	r.offerOf(offerMsg{Mode: Direct, Blocks: []BlockInfo{{Name: "ram", Size: 64 * PageSize}}, Streams: 1})
+}
+
+// offerOf completes an offer and gets it prepared.
+func (r *rogue) offerOf(m offerMsg) {
+	r.t.Helper()
 	r.ctl = newControl(r.dial(preamble{id: testID}), 2*time.Second)
 	r.t.Cleanup(r.ctl.close)
-	m := offerMsg{
-		Mode:       Direct,
-		Handover:   Handover{ID: testID.String(), Guest: "g", UUID: uuid.NewString(), Source: "host1", Destination: "host2", Epoch: 1},
-		Definition: []byte("definition"), Blocks: []BlockInfo{{Name: "ram", Size: 64 * PageSize}}, Streams: 1,
-	}
+	m.Handover = Handover{ID: testID.String(), Guest: "g", UUID: uuid.NewString(), Source: "host1", Destination: "host2", Epoch: 1}
+	m.Definition = []byte("definition")
 	if err := r.ctl.send(ctlOffer, m); err != nil {
 		r.t.Fatal(err)
 	}
@@ -151,7 +154,7 @@ func TestHostileDataStream(t *testing.T) {
 				t.Fatal(err)
 			}
 			// It fails when the destination has hung up by now, as it should.
-			_ = conn.(*net.TCPConn).CloseWrite()
+			_ = conn.CloseWrite()
 			r.rejected(c.want)
 		})
 	}
