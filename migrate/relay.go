@@ -47,6 +47,7 @@ func (m *source) relayPasses(ctx context.Context) error {
 			return fmt.Errorf("pass %d: %w", m.pass, err)
 		}
 		p.N, p.Bytes = m.pass, m.streams.sent.Load()-from
+		m.passed = m.carrier.taken.Load()
 		outcome := PassOutcome{Sent: p.Pages, DirtyAfter: p.DirtyAfter, Speed: m.left.Speed}
 		if data := p.Pages - p.ZeroPages; data >= 256 && !m.carrier.limited.Load() {
 			outcome.Speed = float64(data) / max(p.Duration, time.Microsecond).Seconds()
@@ -91,7 +92,7 @@ func (m *source) relaySuspend(ctx context.Context) error {
 func (m *source) relayRest(ctx context.Context) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, switchoverTimeout, fmt.Errorf("the switchover took longer than %v", switchoverTimeout))
 	defer cancel()
-	begin, from := time.Now(), m.carrier.taken.Load()
+	begin := time.Now()
 	if err := m.relayed.SaveState(ctx); err != nil {
 		return or(ctx, fmt.Errorf("send the rest: %w", err))
 	}
@@ -99,6 +100,6 @@ func (m *source) relayRest(ctx context.Context) error {
 		return or(ctx, fmt.Errorf("send the rest: %w", err))
 	}
 	m.report.DowntimeParts.StateSave = time.Since(begin)
-	m.report.DowntimeParts.StateBytes = m.carrier.taken.Load() - from
+	m.report.DowntimeParts.StateBytes = m.carrier.taken.Load() - m.passed
 	return nil
 }

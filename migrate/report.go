@@ -67,8 +67,10 @@ type DowntimeParts struct {
 	Stop       time.Duration `json:"stop"`        // vCPUs stopped, block I/O landed
 	FinalScan  time.Duration `json:"final_scan"`  // the last bitmap
 	FinalCopy  time.Duration `json:"final_copy"`  // the last pages, until the destination has them
-	FinalPages int64         `json:"final_pages"` // how many those were
+	FinalPages int64         `json:"final_pages"` // how many those were; in direct mode
 	StateSave  time.Duration `json:"state_save"`
+	// StateBytes is, in relay mode, all that came after the last live pass, pages
+	// too: nothing in the stream tells where the stop lies.
 	StateBytes int64         `json:"state_bytes"`
 	StateLoad  time.Duration `json:"state_load"` // at the destination, from the last page in place to loaded
 	Verify     time.Duration `json:"verify"`     // zero without --verify

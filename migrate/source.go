@@ -42,6 +42,7 @@ type source struct {
 	streams *streams
 	relayed RelayGuest // nil in direct mode
 	carrier *carrier   // likewise, and until the passes begin
+	passed  int64      // bytes that the carrier had taken at the end of the last pass
 	tracker Tracker
 	sent    []*dirtymap.Bitmap // pages that the destination has data for
 	pending []*dirtymap.Bitmap // written, and not sent yet, when the passes end

@@ -199,6 +199,15 @@ func (c *cluster) begin(guest, from, to string, options *lmctlv1.MigrationOption
 	return m.Id, nil
 }
 
+// inState is an error unless a migration is in a state.
+func (c *cluster) inState(host, id string, want migrate.State) error {
+	m, err := c.clients[host].Migrations.Show(c.t.Context(), &lmctlv1.MigrationRequest{Id: id})
+	if err == nil && m.State != string(want) {
+		err = fmt.Errorf("it is %s: %s", m.State, m.Error)
+	}
+	return err
+}
+
 // wait waits for a migration's end and returns its report.
 func (c *cluster) wait(host, id string) (*migrate.Report, error) {
 	stream, err := c.clients[host].Migrations.Watch(c.context(), &lmctlv1.MigrationRequest{Id: id})
@@ -219,11 +228,35 @@ func (c *cluster) wait(host, id string) (*migrate.Report, error) {
 
 // try migrates a guest, verifying, to its end.
 func (c *cluster) try(guest, from, to string) (*migrate.Report, error) {
-	id, err := c.begin(guest, from, to, &lmctlv1.MigrationOptions{Verify: true})
+	return c.tryWith(guest, from, to, &lmctlv1.MigrationOptions{Verify: true})
+}
+
+func (c *cluster) tryWith(guest, from, to string, options *lmctlv1.MigrationOptions) (*migrate.Report, error) {
+	id, err := c.begin(guest, from, to, options)
 	if err != nil {
 		return nil, err
 	}
 	return c.wait(from, id)
+}
+
+// relay moves a guest, which must arrive whole, by QEMU's own passes.
+func (c *cluster) relay(g lab.Guest, from, to string, options *lmctlv1.MigrationOptions) *migrate.Report {
+	c.t.Helper()
+	r, err := c.tryWith(g.Name, from, to, options)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	if r.Result != migrate.Completed || r.Mode != migrate.Relay {
+		c.t.Fatalf("%s from %s to %s: %s in %s mode: %s", g.Name, from, to, r.Result, r.Mode, r.Error)
+	}
+	most := 8
+	if options.MaxPasses != nil {
+		most = int(*options.MaxPasses)
+	}
+	if len(r.Passes) < 1 || len(r.Passes) > most || r.Passes[0].Pages == 0 || r.RAMBytes != g.Memory || r.Downtime <= 0 {
+		c.t.Errorf("%d passes at most, memory of %d bytes: %+v", most, g.Memory, r)
+	}
+	return r
 }
 
 // move is try for a guest that must arrive, whole.
@@ -236,8 +269,8 @@ func (c *cluster) move(g lab.Guest, from, to string) *migrate.Report {
 	if r.Result != migrate.Completed {
 		c.t.Fatalf("%s from %s to %s: %s: %s", g.Name, from, to, r.Result, r.Error)
 	}
-	if len(r.Passes) < 1 || len(r.Passes) > 8 || r.VerifiedPages*migrate.PageSize != r.RAMBytes || r.RAMBytes != g.Memory {
-		c.t.Errorf("%d passes, %d pages verified of %d bytes; the guest has %d", len(r.Passes), r.VerifiedPages, r.RAMBytes, g.Memory)
+	if r.Mode != migrate.Direct || len(r.Passes) < 1 || len(r.Passes) > 8 || r.VerifiedPages*migrate.PageSize != r.RAMBytes || r.RAMBytes != g.Memory {
+		c.t.Errorf("%s mode, %d passes, %d pages verified of %d bytes; the guest has %d", r.Mode, len(r.Passes), r.VerifiedPages, r.RAMBytes, g.Memory)
 	}
 	return r
 }

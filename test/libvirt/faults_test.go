@@ -56,28 +56,60 @@ type fault struct {
 	do   func(*cell)
 	undo func(*cell)     // restarts what died and heals what was cut
 	at   []migrate.State // where everybody's tests do it
+	// relay is where they do it in relay mode.
+	relay []migrate.State
 }
 
 var faults = []fault{
-	{"kill-source-agent", killer("host1", lab.Agent), starter("host1", lab.Agent),
-		[]migrate.State{migrate.SourceCopying, migrate.SourceFinalCopy, migrate.SourceCommitted}},
-	{"kill-destination-agent", killer("host2", lab.Agent), starter("host2", lab.Agent),
-		[]migrate.State{migrate.DestReceiving, migrate.DestReady, migrate.DestAccepted}},
-	{"kill-source-libvirtd", killer("host1", lab.Libvirtd), starter("host1", lab.Libvirtd),
-		[]migrate.State{migrate.SourceCopying, migrate.SourceFinalCopy, migrate.SourceReleasing}},
-	{"kill-destination-libvirtd", killer("host2", lab.Libvirtd), starter("host2", lab.Libvirtd),
-		[]migrate.State{migrate.DestReceiving, migrate.DestReady}},
+	{
+		name: "kill-source-agent", do: killer("host1", lab.Agent), undo: starter("host1", lab.Agent),
+		at:    []migrate.State{migrate.SourceCopying, migrate.SourceFinalCopy, migrate.SourceCommitted},
+		relay: []migrate.State{migrate.SourceCopying, migrate.SourceCommitted},
+	},
+	{
+		name: "kill-destination-agent", do: killer("host2", lab.Agent), undo: starter("host2", lab.Agent),
+		at:    []migrate.State{migrate.DestReceiving, migrate.DestReady, migrate.DestAccepted},
+		relay: []migrate.State{migrate.DestReceiving, migrate.DestReady},
+	},
+	{
+		name: "kill-source-libvirtd", do: killer("host1", lab.Libvirtd), undo: starter("host1", lab.Libvirtd),
+		at:    []migrate.State{migrate.SourceCopying, migrate.SourceFinalCopy, migrate.SourceReleasing},
+		relay: []migrate.State{migrate.SourceCopying},
+	},
+	{
+		name: "kill-destination-libvirtd", do: killer("host2", lab.Libvirtd), undo: starter("host2", lab.Libvirtd),
+		at: []migrate.State{migrate.DestReceiving, migrate.DestReady},
+	},
 	// The agent comes back before its libvirtd, and can ask nobody.
-	{"kill-source-agent-and-libvirtd", killer("host1", lab.Agent, lab.Libvirtd), starter("host1", lab.Agent, lab.Libvirtd),
-		[]migrate.State{migrate.SourceFinalCopy, migrate.SourceCommitted}},
-	{"kill-destination-agent-and-libvirtd", killer("host2", lab.Agent, lab.Libvirtd), starter("host2", lab.Agent, lab.Libvirtd),
-		[]migrate.State{migrate.DestReady}},
-	{"kill-source-QEMU", func(c *cell) { c.killQEMU("host1") }, nil, []migrate.State{migrate.SourceCopying, migrate.SourceReadyWait}},
-	{"kill-destination-QEMU", func(c *cell) { c.killQEMU("host2") }, nil, []migrate.State{migrate.DestReceiving, migrate.DestReady}},
-	{"cut-link", (*cell).cut, (*cell).heal, []migrate.State{migrate.SourceFinalCopy}},
-	{"cancel", (*cell).cancel, nil, []migrate.State{migrate.SourceCopying, migrate.SourceReadyWait}},
-	{"virsh-destroy", (*cell).virshDestroy, nil, []migrate.State{migrate.SourceCopying}},
-	{"virsh-suspend", (*cell).virshSuspend, nil, []migrate.State{migrate.SourceCopying}},
+	{
+		name: "kill-source-agent-and-libvirtd", do: killer("host1", lab.Agent, lab.Libvirtd), undo: starter("host1", lab.Agent, lab.Libvirtd),
+		at: []migrate.State{migrate.SourceFinalCopy, migrate.SourceCommitted},
+	},
+	{
+		name: "kill-destination-agent-and-libvirtd", do: killer("host2", lab.Agent, lab.Libvirtd), undo: starter("host2", lab.Agent, lab.Libvirtd),
+		at: []migrate.State{migrate.DestReady},
+	},
+	{
+		name: "kill-source-QEMU", do: func(c *cell) { c.killQEMU("host1") },
+		at: []migrate.State{migrate.SourceCopying, migrate.SourceReadyWait},
+	},
+	{
+		name: "kill-destination-QEMU", do: func(c *cell) { c.killQEMU("host2") },
+		at:    []migrate.State{migrate.DestReceiving, migrate.DestReady},
+		relay: []migrate.State{migrate.DestReceiving},
+	},
+	{
+		name: "cut-link", do: (*cell).cut, undo: (*cell).heal,
+		at:    []migrate.State{migrate.SourceFinalCopy},
+		relay: []migrate.State{migrate.SourceCopying},
+	},
+	{
+		name: "cancel", do: (*cell).cancel,
+		at:    []migrate.State{migrate.SourceCopying, migrate.SourceReadyWait},
+		relay: []migrate.State{migrate.SourceCopying, migrate.SourceReadyWait},
+	},
+	{name: "virsh-destroy", do: (*cell).virshDestroy, at: []migrate.State{migrate.SourceCopying}},
+	{name: "virsh-suspend", do: (*cell).virshSuspend, at: []migrate.State{migrate.SourceCopying}},
 }
 
 // TestFaults holds a migration at states of either side, does each of the faults
@@ -93,25 +125,31 @@ func TestFaults(t *testing.T) {
 	}()
 	for _, p := range points() {
 		for _, f := range faults {
-			if !all && !slices.Contains(f.at, p.state) {
-				continue
-			}
-			t.Run(p.String()+"/"+f.name, func(t *testing.T) {
-				m := &cell{cluster: c.in(t), point: p}
-				m.ready(guest)
-				guest = nil // unless it comes out of this well
-				if m.run(f) {
-					guest = &m.guest
+			for mode, at := range map[migrate.Mode][]migrate.State{migrate.Direct: f.at, migrate.Relay: f.relay} {
+				if !all && !slices.Contains(at, p.state) || mode == migrate.Relay && !relayed(p.state) {
+					continue
 				}
-			})
+				t.Run(p.String()+"/"+f.name+"/"+string(mode), func(t *testing.T) {
+					m := &cell{cluster: c.in(t), point: p, mode: mode}
+					m.ready(guest)
+					guest = nil // unless it comes out of this well
+					if m.run(f) {
+						guest = &m.guest
+					}
+				})
+			}
 		}
 	}
 }
+
+// relayed says whether migrations in relay mode have a state.
+func relayed(s migrate.State) bool { return s != migrate.DestLoading }
 
 // cell is one of the matrix.
 type cell struct {
 	*cluster
 	point point
+	mode  migrate.Mode
 	guest lab.Guest
 	id    string
 
@@ -154,7 +192,7 @@ func (m *cell) run(f fault) (lives bool) {
 		m.t.Fatal(err)
 	}
 	var err error
-	if m.id, err = m.begin(m.guest.Name, "host1", "host2", &lmctlv1.MigrationOptions{}); err != nil {
+	if m.id, err = m.begin(m.guest.Name, "host1", "host2", &lmctlv1.MigrationOptions{Mode: string(m.mode)}); err != nil {
 		m.t.Fatal(err)
 	}
 	m.eventually("the migration reaches "+m.point.String(), func() error {
