@@ -25,6 +25,10 @@
 //	Release     Confirm3, ended
 //	Resume      Confirm3, cancelled      Destroy     Finish3, cancelled
 //
+// In relay mode QEMU copies the memory itself: Relay calls Perform3 before the
+// passes, Suspend has QEMU stop the guest by allowing it any downtime, and
+// LoadState begins with the first pass. QEMU's return path is passed on too.
+//
 // Finish3 is called with the domain to stay paused, and before the state is
 // there, so that it waits for it: when it returns, the domain is an ordinary one
 // that stands still, and survives the agent and libvirtd. The CPUs start by a
