@@ -14,6 +14,7 @@ import (
 
 	"github.com/google/uuid"
 	"golang.org/x/sys/unix"
+	"google.golang.org/grpc/codes"
 
 	"github.com/lmctl/lmctl/guest/control"
 	"github.com/lmctl/lmctl/guest/flat"
@@ -333,6 +334,10 @@ func (l *Lab) removeFrom(ctx context.Context, host, name string) error {
 			}
 		}
 		_, err = c.Guests.Undefine(ctx, &lmctlv1.GuestRequest{Name: name})
+		var remote *api.Error
+		if errors.As(err, &remote) && remote.Code == codes.NotFound {
+			return nil // it has gone meanwhile
+		}
 		return err
 	})
 }

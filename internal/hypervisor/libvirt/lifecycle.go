@@ -76,7 +76,16 @@ func (d *Driver) Definition(name string) ([]byte, error) {
 		return []byte(text), nil
 	}
 	text, err := g.inactiveXML(ctx, l)
-	return []byte(text), err
+	return []byte(text), orGone(err)
+}
+
+// orGone says of a domain that libvirt knows no more, and that we are only about
+// to hear of, that it is not there.
+func orGone(err error) error {
+	if isCode(err, lv.ErrNoDomain) {
+		return fmt.Errorf("%w: %w", hypervisor.ErrNotFound, err)
+	}
+	return err
 }
 
 // expected is the definition of a domain that is on its way here: libvirt's own
@@ -130,7 +139,7 @@ func (d *Driver) operate(ctx context.Context, name, operation string, request fu
 	defer done()
 	ctx, cancel := context.WithTimeout(ctx, commandTimeout)
 	defer cancel()
-	err = do(ctx, l, func(l *link) error { return request(l, g) })
+	err = orGone(do(ctx, l, func(l *link) error { return request(l, g) }))
 	if err != nil {
 		err = fmt.Errorf("%s guest %s: %w", operation, name, err)
 	}
