@@ -24,6 +24,10 @@ type Sample struct {
 	// without what is not the contender's (Own.Apart).
 	Downtime time.Duration `json:"downtime_ns"`
 	Seen     time.Duration `json:"seen_ns"` // with it
+	// Switchover is the longest such time after which the guest went on at the
+	// other host. Where the downtime is longer, the guest was kept waiting at
+	// another moment.
+	Switchover time.Duration `json:"switchover_ns"`
 	// Since is when that time began, from the command on.
 	Since time.Duration `json:"since_ns"`
 	// Quiet is the longest such time just before, without a migration.
@@ -107,7 +111,7 @@ func (b *bed) measure(ctx context.Context, s subject, c Contender, counter int64
 	}
 	gap := probe.Longest()
 	sample.Seen, sample.Since, sample.Late = gap.Length, gap.Start.Sub(began), probe.Lateness()
-	sample.Downtime = sample.Seen - sample.Own.Apart
+	sample.Downtime, sample.Switchover = sample.Seen-sample.Own.Apart, probe.Switchover().Length-sample.Own.Apart
 	return sample, nil
 }
 

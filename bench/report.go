@@ -36,6 +36,7 @@ type Result struct {
 	Failed         int                          `json:"failed"`  // migrations that did not come to their end
 	Healthy        int                          `json:"healthy"` // guests that were so afterwards
 	Downtime       stats.Summary[time.Duration] `json:"downtime_ns"`
+	Switchover     stats.Summary[time.Duration] `json:"switchover_ns"`
 	Own            stats.Summary[time.Duration] `json:"own_downtime_ns"` // by the contender's own account
 	Total          stats.Summary[time.Duration] `json:"total_ns"`
 	Bytes          stats.Summary[int64]         `json:"bytes"`
@@ -54,7 +55,7 @@ type Comparison struct {
 
 // sum sums up the samples of the migrations that came to their end.
 func (r *Result) sum() {
-	var downtimes, own, totals []time.Duration
+	var downtimes, switchovers, own, totals []time.Duration
 	var bytes []int64
 	r.Failed, r.Healthy = 0, 0
 	for _, s := range r.Samples {
@@ -66,11 +67,12 @@ func (r *Result) sum() {
 			r.Healthy++
 		}
 		downtimes, totals, bytes = append(downtimes, s.Downtime), append(totals, s.Total), append(bytes, s.Bytes)
+		switchovers = append(switchovers, s.Switchover)
 		if s.Own.Downtime > 0 {
 			own = append(own, s.Own.Downtime)
 		}
 	}
-	r.Own = stats.Of(own)
+	r.Switchover, r.Own = stats.Of(switchovers), stats.Of(own)
 	r.Downtime, r.Total, r.Bytes = stats.Of(downtimes), stats.Of(totals), stats.Of(bytes)
 }
 
@@ -94,6 +96,7 @@ func (r *Report) compare(workloads []Workload) {
 		if virsh, both := find(w.Name, "virsh"); ok && both {
 			add(w.Name+", from outside: lmctl to virsh migrate --live", ours.Downtime, virsh.Downtime)
 			r.Comparisons[len(r.Comparisons)-1].Target = w.Target
+			add(w.Name+", from outside, where the host changes: lmctl to virsh migrate --live", ours.Switchover, virsh.Switchover)
 			add(w.Name+", by their own accounts: lmctl to virsh migrate --live", ours.Own, virsh.Own)
 		}
 		if floor, both := find(w.Name, "floor"); ok && both && w.Idle {

@@ -41,16 +41,21 @@ func (r *Report) WriteRuns(w io.Writer) error {
 	return r.writeParts(w)
 }
 
+const runsLegend = `  downtime: the longest time in which the guest did not go on; switchover: the longest after which it went on at
+  the other host; own: by the contender's own account; quiet: the longest just before, without a migration; late:
+  the longest between two looks
+`
+
 func writeTurns(w io.Writer, list []turned) error {
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(t, "  run\tcontender\tfrom\tto\tdowntime\town\tpasses\ttotal\tquiet\tlate\t")
+	fmt.Fprintln(t, "  run\tcontender\tfrom\tto\tdowntime\tswitchover\town\tpasses\ttotal\tquiet\tlate\t")
 	for _, s := range list {
 		fmt.Fprintf(t, "  %d\t%s\t%s\t%s\t", s.Run, s.contender, s.Source, s.Destination)
 		if s.Error != "" {
 			fmt.Fprintln(t, "failed: "+s.Error)
 			continue
 		}
-		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t", ms(s.Downtime),
+		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t", ms(s.Downtime), ms(s.Switchover),
 			told(s.Own.Downtime, ms), told(s.Own.Passes, func(n int) string { return fmt.Sprint(n) }), brief(s.Total), ms(s.Quiet), ms(s.Late))
 		if !s.Healthy {
 			fmt.Fprint(t, "NOT HEALTHY: "+s.Problem)
@@ -60,7 +65,7 @@ func writeTurns(w io.Writer, list []turned) error {
 	if err := t.Flush(); err != nil {
 		return err
 	}
-	_, err := fmt.Fprintln(w, "  quiet: the longest such time just before, without a migration; late: the longest between two looks")
+	_, err := fmt.Fprint(w, runsLegend)
 	return err
 }
 

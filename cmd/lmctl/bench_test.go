@@ -23,11 +23,24 @@ func TestBenchPlan(t *testing.T) {
 	}
 }
 
+func TestBenchPlanLibvirt(t *testing.T) {
+	f := benchFlags{hypervisor: lab.Libvirt, runs: 10, workloads: []string{"idle-256M", "writer"}, contenders: []string{"lmctl", "virsh"}}
+	p, err := f.plan()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(p.Contenders) != 2 || p.Contenders[1].Name != "virsh" || len(p.Workloads) != 2 || p.Workloads[0].Target != 1 || p.Workloads[1].Target != 0.5 {
+		t.Errorf("%+v", p)
+	}
+}
+
 func TestBenchPlanRefuses(t *testing.T) {
 	for name, f := range map[string]benchFlags{
 		"no runs":           {hypervisor: lab.QEMU, runs: 0, workloads: []string{"writer"}, contenders: []string{"lmctl"}},
 		"unknown workload":  {hypervisor: lab.QEMU, runs: 1, workloads: []string{"nap"}, contenders: []string{"lmctl"}},
 		"unknown contender": {hypervisor: lab.QEMU, runs: 1, workloads: []string{"writer"}, contenders: []string{"teleport"}},
+		"not with libvirt":  {hypervisor: lab.Libvirt, runs: 1, workloads: []string{"idle-linux"}, contenders: []string{"lmctl"}},
+		"not with QEMU":     {hypervisor: lab.QEMU, runs: 1, workloads: []string{"writer"}, contenders: []string{"virsh"}},
 		"nothing":           {hypervisor: lab.QEMU, runs: 1, workloads: []string{"writer"}},
 	} {
 		var usage *usageError
