@@ -33,9 +33,12 @@ const (
 // Run moves a guest of each workload Runs times with each contender, the
 // contenders in turn, in a lab with agents on at least two hosts. Every second
 // run takes them in the opposite order: those that share a guest, one of whom
-// brings it back from where the other has taken it, go either way alike. What it leaves
-// in the lab when it fails goes with the lab. An error is about the measuring: a
-// migration that failed, and a guest that is not healthy, are in the report.
+// brings it back from where the other has taken it, go either way alike, and
+// where they are two, each follows itself as often as the other.
+//
+// What Run leaves in the lab when it fails goes with the lab. An error is about
+// the measuring: a migration that failed, and a guest that is not healthy, are
+// in the report.
 func Run(ctx context.Context, l *lab.Lab, o Options) (_ *Report, err error) {
 	b, err := newBed(ctx, l, o.Boot)
 	if err != nil {

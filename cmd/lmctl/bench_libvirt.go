@@ -11,9 +11,11 @@ const benchLibvirtLong = benchLong + `
 Here the guests are domains of two real libvirtd's, and lmctl migrate (direct)
 and virsh migrate --live move the same domain in turn: where one has taken it,
 the other brings it back, and who begins changes from run to run, so that each
-goes either way as often. Both are commands on the source host. The downtime is
-the longest time in which the guest's counter stood still, in the memory files of
-both hosts; own is what the report and libvirt's statistics of the job say.
+goes either way as often, and comes as often after itself as after the other.
+Both are commands on the source host. The downtime is the longest time in which
+the guest's counter stood still, in the memory files of both hosts; switchover is
+the longest after which it went on at the other host; own is what lmctl's report
+and libvirt's statistics of the job say.
 
 virsh gets libvirt's defaults and no --timeout, which would end a migration that
 does not converge by suspending the guest. One that takes more than a minute,
