@@ -20,6 +20,10 @@ type Sample struct {
 	Started     time.Time `json:"started"`
 	Source      string    `json:"source"`
 	Destination string    `json:"destination"`
+	// After is the contender that has moved the guest before; empty for none.
+	// Guests differ by it: QEMU's pre-copy looks at every page of both copies,
+	// which makes all of the memory file exist, and its next takes longer.
+	After string `json:"after,omitempty"`
 	// Downtime is the longest time in which the guest's clock did not go on,
 	// without what is not the contender's (Own.Apart).
 	Downtime time.Duration `json:"downtime_ns"`

@@ -76,6 +76,37 @@ func (r *Result) sum() {
 	r.Downtime, r.Total, r.Bytes = stats.Of(downtimes), stats.Of(totals), stats.Of(bytes)
 }
 
+// withVirsh sets lmctl against virsh.
+func withVirsh(w Workload, ours, virsh Result) []Comparison {
+	add := func(list []Comparison, how string, a, b stats.Summary[time.Duration]) []Comparison {
+		return append(list, medians(w.Name+", "+how+": lmctl to virsh", a, b))
+	}
+	list := add(nil, "from outside", ours.Downtime, virsh.Downtime)
+	list[0].Target = w.Target
+	for _, by := range []string{ours.Contender, virsh.Contender} {
+		if a, b := ours.after(by), virsh.after(by); a.N > 0 && b.N > 0 {
+			list = add(list, "from outside, of guests that "+by+" had brought", a, b)
+		}
+	}
+	list = add(list, "from outside, at the change of hosts", ours.Switchover, virsh.Switchover)
+	return add(list, "by their own accounts", ours.Own, virsh.Own)
+}
+
+func medians(what string, a, b stats.Summary[time.Duration]) Comparison {
+	return Comparison{What: what, A: a.Median, B: b.Median, Ratio: stats.Ratio(a.Median, b.Median)}
+}
+
+// after sums up the downtimes of guests that another contender had moved before.
+func (r *Result) after(mover string) stats.Summary[time.Duration] {
+	var downtimes []time.Duration
+	for _, s := range r.Samples {
+		if s.Error == "" && s.After == mover {
+			downtimes = append(downtimes, s.Downtime)
+		}
+	}
+	return stats.Of(downtimes)
+}
+
 // compare sets lmctl against the floor and against virsh, and guests that differ
 // in nothing but their memory against each other.
 func (r *Report) compare(workloads []Workload) {
@@ -88,16 +119,13 @@ func (r *Report) compare(workloads []Workload) {
 		return Result{}, false
 	}
 	add := func(what string, a, b stats.Summary[time.Duration]) {
-		r.Comparisons = append(r.Comparisons, Comparison{What: what, A: a.Median, B: b.Median, Ratio: stats.Ratio(a.Median, b.Median)})
+		r.Comparisons = append(r.Comparisons, medians(what, a, b))
 	}
 	r.Comparisons = []Comparison{}
 	for _, w := range workloads {
 		ours, ok := find(w.Name, "lmctl")
 		if virsh, both := find(w.Name, "virsh"); ok && both {
-			add(w.Name+", from outside: lmctl to virsh migrate --live", ours.Downtime, virsh.Downtime)
-			r.Comparisons[len(r.Comparisons)-1].Target = w.Target
-			add(w.Name+", from outside, where the host changes: lmctl to virsh migrate --live", ours.Switchover, virsh.Switchover)
-			add(w.Name+", by their own accounts: lmctl to virsh migrate --live", ours.Own, virsh.Own)
+			r.Comparisons = append(r.Comparisons, withVirsh(w, ours, virsh)...)
 		}
 		if floor, both := find(w.Name, "floor"); ok && both && w.Idle {
 			add(w.Name+", stopped to running: lmctl to what QEMU itself needs", ours.Own, floor.Own)

@@ -67,6 +67,7 @@ type held struct {
 	*keeper
 	subject     subject // nil until it is needed
 	counter     int64   // where its clock is
+	mover       string  // the contender that has moved it last
 	turns       int     // how many times a guest was to be moved
 	accelerator string
 }
@@ -128,6 +129,7 @@ func (b *bed) turn(ctx context.Context, w Workload, c Contender, h *held) (Sampl
 		return Sample{}, err
 	}
 	sample, err := b.measure(ctx, h.subject, c, h.counter)
+	sample.After, h.mover = h.mover, c.Name
 	var failed *moveError
 	switch {
 	case ctx.Err() != nil:
@@ -158,7 +160,7 @@ func (b *bed) start(ctx context.Context, w Workload, h *held) error {
 	if err != nil {
 		return err
 	}
-	h.subject = s
+	h.subject, h.mover = s, ""
 	boot, cancel := context.WithTimeout(ctx, bootLimit)
 	defer cancel()
 	p := s.place()
