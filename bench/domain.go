@@ -151,11 +151,14 @@ func (d *domain) move(ctx context.Context, c Contender) (account, error) {
 		return nil, err
 	}
 	if err := cmd.Wait(); err != nil {
+		if ctx.Err() != nil {
+			return nil, fmt.Errorf("%s: called off, not done within %v: %w", argv[0], c.keeper.limit, ctx.Err())
+		}
 		words := said.Bytes()
 		if len(bytes.TrimSpace(words)) == 0 {
 			words = out.Bytes()
 		}
-		return nil, errors.Join(ctx.Err(), fmt.Errorf("%s: %w: %s", argv[0], err, bytes.TrimSpace(words)))
+		return nil, fmt.Errorf("%s: %w: %s", argv[0], err, bytes.TrimSpace(words))
 	}
 	d.at = otherHost(d.at)
 	return func(ctx context.Context) (Own, error) { return c.order.account(ctx, d, out.Bytes()) }, nil
@@ -206,8 +209,18 @@ func ownJob(said []libvirt.TypedParam) Own {
 	return own
 }
 
+// close waits for what a migration that was called off still does to the guest,
+// at either host: until then it is refused.
 func (d *domain) close(ctx context.Context) error {
-	return d.b.lab.RemoveGuest(ctx, d.guest.Name)
+	var refused error
+	err := poll(ctx, func() (bool, error) {
+		refused = d.b.lab.RemoveGuest(ctx, d.guest.Name)
+		return refused == nil, nil
+	})
+	if err != nil {
+		return fmt.Errorf("bench: guest %s is not to be removed: %w: %w", d.guest.Name, refused, err)
+	}
+	return nil
 }
 
 // libvirtVersion is that of the first host's libvirt.

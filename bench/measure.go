@@ -155,7 +155,7 @@ func watchQuiet(ctx context.Context, probe *flat.Probe) (time.Duration, error) {
 const tickPoll = time.Millisecond
 
 func awaitMoving(ctx context.Context, probe *flat.Probe) error {
-	return poll(ctx, func() (bool, error) { return probe.Moving(), nil })
+	return still(poll(ctx, func() (bool, error) { return probe.Moving(), nil }))
 }
 
 // awaitTick waits until the guest that has this memory goes on.
@@ -169,12 +169,21 @@ func awaitTick(ctx context.Context, memory string, counter int64) (err error) {
 	if _, err := f.ReadAt(first[:], counter); err != nil {
 		return fmt.Errorf("bench: %w", err)
 	}
-	return poll(ctx, func() (bool, error) {
+	return still(poll(ctx, func() (bool, error) {
 		_, err := f.ReadAt(now[:], counter)
 		return now != first, err
-	})
+	}))
 }
 
+// still says what a wait for the guest's clock that came to nothing means.
+func still(err error) error {
+	if err == nil {
+		return nil
+	}
+	return fmt.Errorf("bench: the guest's clock stands still: %w", err)
+}
+
+// poll looks until it is done or patience is at its end.
 func poll(ctx context.Context, done func() (bool, error)) error {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
@@ -187,7 +196,7 @@ func poll(ctx context.Context, done func() (bool, error)) error {
 		select {
 		case <-tick.C:
 		case <-ctx.Done():
-			return fmt.Errorf("bench: the guest's clock stands still: %w", ctx.Err())
+			return ctx.Err()
 		}
 	}
 }
