@@ -7,6 +7,8 @@ import (
 	"path/filepath"
 	"time"
 
+	"github.com/google/uuid"
+
 	"github.com/lmctl/lmctl/guest/linux"
 	"github.com/lmctl/lmctl/internal/hypervisor"
 	"github.com/lmctl/lmctl/internal/hypervisor/qemu"
@@ -32,6 +34,9 @@ func newBed(ctx context.Context, l *lab.Lab, boot func(context.Context) (linux.B
 		return nil, fmt.Errorf("bench: the lab has %d hosts, not 2", len(hosts))
 	}
 	b := &bed{lab: l, hosts: [2]string(hosts[:2]), drivers: make(map[string]*qemu.Driver), boot: boot, ctx: ctx}
+	if l.Hypervisor() != lab.QEMU {
+		return b, nil // all guests are the agents'
+	}
 	for _, host := range b.hosts {
 		dir := filepath.Join(l.HostDir(host), "bench")
 		err := l.In(host, func() error { // a driver works where it was made
@@ -55,6 +60,16 @@ func (b *bed) ownMemory(host string) string { return filepath.Join(b.lab.MemoryD
 
 // memoryFile is where a driver keeps a guest's RAM; see package qemu.
 func memoryFile(dir, uuid string) string { return filepath.Join(dir, uuid+".ram") }
+
+// definition makes what a guest boots from, and defines it for a driver of QEMU.
+func (b *bed) definition(name string, w Workload) ([]byte, error) {
+	def, err := w.program.define(b, name, w.Memory)
+	if err != nil {
+		return nil, err
+	}
+	def.UUID = uuid.NewString()
+	return def.YAML()
+}
 
 // linux is what Linux guests boot from.
 func (b *bed) linux() (linux.Boot, error) {

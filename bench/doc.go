@@ -13,6 +13,9 @@
 //     seen in the memory files of both hosts. Two figures stand beside it: the
 //     longest such gap just before, when nothing was going on, and how late the
 //     probe itself came to look;
+//   - switchover: the longest such time after which the guest went on at the other
+//     host. On a quiet machine it is the downtime; where others want the CPUs too
+//     the guest may be kept waiting for longer at another moment;
 //   - own: the downtime by the contender's own account, from the guest being
 //     stopped until it was running;
 //   - total: from the command until the guest's process at the source has ended,

@@ -36,7 +36,7 @@ func travelStopped(ctx context.Context, u *unmanaged, destination *qemu.Observer
 		return Own{}, err
 	}
 	began := time.Now()
-	if err := copyMemory(u.place().memory, u.next().memory); err != nil {
+	if err := copyMemory(u.place().memory, u.placeAt(otherHost(u.at)).memory); err != nil {
 		return Own{}, err
 	}
 	own.Apart = time.Since(began)

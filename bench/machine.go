@@ -10,6 +10,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/lmctl/lmctl/internal/lab"
 )
 
 // Machine is what a bench ran on.
@@ -19,12 +21,13 @@ type Machine struct {
 	Cores       int    `json:"cores"`
 	MemoryBytes int64  `json:"memory_bytes"`
 	QEMU        string `json:"qemu"`
+	Libvirt     string `json:"libvirt,omitempty"` // where it runs the guests
 	// Virtualizes says whether the CPU runs guests itself. Where it does not,
 	// Linux guests run under TCG, and what runs on /dev/kvm is emulated.
 	Virtualizes bool `json:"cpu_virtualizes"`
 }
 
-func describeMachine(ctx context.Context) (Machine, error) {
+func describeMachine(ctx context.Context, l *lab.Lab) (Machine, error) {
 	m := Machine{Cores: runtime.NumCPU()}
 	var name unix.Utsname
 	if err := unix.Uname(&name); err != nil {
@@ -58,5 +61,8 @@ func describeMachine(ctx context.Context) (Machine, error) {
 	}
 	first, _, _ := strings.Cut(string(out), "\n")
 	m.QEMU = strings.TrimPrefix(first, "QEMU emulator version ")
-	return m, nil
+	if l.Hypervisor() == lab.Libvirt {
+		m.Libvirt, err = libvirtVersion(ctx, l)
+	}
+	return m, err
 }

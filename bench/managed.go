@@ -24,10 +24,13 @@ type managed struct {
 	agents [2]*api.Client
 }
 
-func startManaged(ctx context.Context, b *bed, name string, definition []byte) (subject, error) {
-	m := &managed{b: b, name: name}
-	err := m.start(ctx, definition)
+func startManaged(ctx context.Context, b *bed, name string, w Workload, at int) (subject, error) {
+	definition, err := b.definition(name, w)
 	if err != nil {
+		return nil, err
+	}
+	m := &managed{b: b, name: name, at: at}
+	if err := m.start(ctx, definition); err != nil {
 		return nil, errors.Join(err, m.close(ctx))
 	}
 	return m, nil
@@ -60,7 +63,11 @@ func (m *managed) placeAt(at int) place {
 }
 
 func (m *managed) place() place { return m.placeAt(m.at) }
-func (m *managed) next() place  { return m.placeAt(otherHost(m.at)) }
+
+func (m *managed) next() (host string, memory coming) {
+	p := m.placeAt(otherHost(m.at))
+	return p.host, comingAt(p.memory)
+}
 
 func (m *managed) pause(ctx context.Context) error {
 	return m.command(ctx, "stop", hypervisor.StatePaused)
@@ -102,37 +109,42 @@ func (m *managed) command(ctx context.Context, command string, state hypervisor.
 	}
 }
 
-func (m *managed) move(ctx context.Context, _ travel) (Own, error) {
+func (m *managed) move(ctx context.Context, _ Contender) (account, error) {
 	agent := m.agents[m.at]
 	started, err := agent.Migrations.Start(ctx, &lmctlv1.StartMigrationRequest{Guest: m.name, Destination: m.b.hosts[otherHost(m.at)]})
 	if err != nil {
-		return Own{}, err
+		return nil, err
 	}
 	updates, err := agent.Migrations.Watch(ctx, &lmctlv1.MigrationRequest{Id: started.Id})
 	if err != nil {
-		return Own{}, err
+		return nil, err
 	}
 	for {
 		u, err := updates.Recv()
 		if err != nil {
-			return Own{}, fmt.Errorf("watch migration %s: %w", started.Id, err)
+			return nil, fmt.Errorf("watch migration %s: %w", started.Id, err)
 		}
 		if u.Finished {
-			return m.account(u)
+			return m.finish(u)
 		}
 	}
 }
 
-// account is what the finished migration says of itself.
-func (m *managed) account(u *lmctlv1.Migration) (Own, error) {
+// finish is the end of a migration.
+func (m *managed) finish(u *lmctlv1.Migration) (account, error) {
 	var r migrate.Report
 	if err := json.Unmarshal(u.Report, &r); err != nil {
-		return Own{}, fmt.Errorf("report of migration %s: %w", u.Id, err)
+		return nil, fmt.Errorf("report of migration %s: %w", u.Id, err)
 	}
 	if r.Result != migrate.Completed {
-		return Own{}, fmt.Errorf("migration %s: %s", r.Result, r.Error)
+		return nil, fmt.Errorf("migration %s: %s", r.Result, r.Error)
 	}
 	m.at = otherHost(m.at)
+	return said(ownReport(&r)), nil
+}
+
+// ownReport is what lmctl's report says.
+func ownReport(r *migrate.Report) Own {
 	p := r.DowntimeParts
 	return Own{
 		Downtime: r.Downtime, Passes: len(r.Passes), Reason: string(r.SwitchoverReason),
@@ -140,7 +152,7 @@ func (m *managed) account(u *lmctlv1.Migration) (Own, error) {
 			{"stop", p.Stop}, {"final scan", p.FinalScan}, {"final copy", p.FinalCopy}, {"state save", p.StateSave},
 			{"state load", p.StateLoad}, {"commit", p.Commit}, {"resume", p.Resume},
 		},
-	}, nil
+	}
 }
 
 func (m *managed) close(ctx context.Context) error {

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"strings"
 	"time"
 
@@ -21,10 +20,18 @@ type Sample struct {
 	Started     time.Time `json:"started"`
 	Source      string    `json:"source"`
 	Destination string    `json:"destination"`
+	// After is the contender that has moved the guest before; empty for none.
+	// Guests differ by it: QEMU's pre-copy looks at every page of both copies,
+	// which makes all of the memory file exist, and its next takes longer.
+	After string `json:"after,omitempty"`
 	// Downtime is the longest time in which the guest's clock did not go on,
 	// without what is not the contender's (Own.Apart).
 	Downtime time.Duration `json:"downtime_ns"`
 	Seen     time.Duration `json:"seen_ns"` // with it
+	// Switchover is the longest such time after which the guest went on at the
+	// other host. Where the downtime is longer, the guest was kept waiting at
+	// another moment.
+	Switchover time.Duration `json:"switchover_ns"`
 	// Since is when that time began, from the command on.
 	Since time.Duration `json:"since_ns"`
 	// Quiet is the longest such time just before, without a migration.
@@ -47,15 +54,13 @@ const (
 	quietTime = 300 * time.Millisecond
 	// settleTime is how long it is watched afterwards.
 	settleTime = 300 * time.Millisecond
-	// migrationLimit is how long a migration may take; one that does not
-	// converge ends here.
-	migrationLimit = 10 * time.Second
 )
 
-// measure moves a guest and watches it from outside.
-func (b *bed) measure(ctx context.Context, s subject, how travel, counter int64) (sample Sample, err error) {
-	from, to := s.place(), s.next()
-	sample = Sample{Started: time.Now(), Source: from.host, Destination: to.host}
+// measure has a contender move a guest, and watches it from outside.
+func (b *bed) measure(ctx context.Context, s subject, c Contender, counter int64) (sample Sample, err error) {
+	from := s.place()
+	to, memory := s.next()
+	sample = Sample{Started: time.Now(), Source: from.host, Destination: to}
 	probe := flat.NewProbe(flat.DefaultInterval)
 	defer func() { err = errors.Join(err, probe.Close()) }()
 	if err := probe.Add(from.memory, counter); err != nil {
@@ -70,9 +75,9 @@ func (b *bed) measure(ctx context.Context, s subject, how travel, counter int64)
 	}
 	defer func() { err = errors.Join(err, unix.Close(pidfd)) }()
 
-	ctx, cancel := context.WithTimeout(ctx, migrationLimit)
+	ctx, cancel := context.WithTimeout(ctx, c.keeper.limit)
 	defer cancel()
-	arrival, err := expectFile(to.memory)
+	arrival, err := expect(memory)
 	if err != nil {
 		return sample, err
 	}
@@ -83,7 +88,7 @@ func (b *bed) measure(ctx context.Context, s subject, how travel, counter int64)
 		return sample, errors.Join(err, stopWatching(cancel, watching))
 	}
 	began := time.Now()
-	sample.Own, err = s.move(ctx, how)
+	own, err := s.move(ctx, c)
 	if err == nil {
 		err = sys.WaitPidfd(ctx, pidfd)
 	}
@@ -99,7 +104,10 @@ func (b *bed) measure(ctx context.Context, s subject, how travel, counter int64)
 		return sample, err
 	}
 	sample.Bytes = int64(now - sent)
-	if err := awaitTick(ctx, to.memory, counter); err != nil {
+	if sample.Own, err = own(ctx); err != nil {
+		return sample, err
+	}
+	if err := awaitTick(ctx, s.place().memory, counter); err != nil {
 		return sample, &moveError{err}
 	}
 	if err := sleep(ctx, settleTime); err != nil {
@@ -107,7 +115,7 @@ func (b *bed) measure(ctx context.Context, s subject, how travel, counter int64)
 	}
 	gap := probe.Longest()
 	sample.Seen, sample.Since, sample.Late = gap.Length, gap.Start.Sub(began), probe.Lateness()
-	sample.Downtime = sample.Seen - sample.Own.Apart
+	sample.Downtime, sample.Switchover = sample.Seen-sample.Own.Apart, probe.Switchover().Length-sample.Own.Apart
 	return sample, nil
 }
 
@@ -147,7 +155,7 @@ func watchQuiet(ctx context.Context, probe *flat.Probe) (time.Duration, error) {
 const tickPoll = time.Millisecond
 
 func awaitMoving(ctx context.Context, probe *flat.Probe) error {
-	return poll(ctx, func() (bool, error) { return probe.Moving(), nil })
+	return still(poll(ctx, func() (bool, error) { return probe.Moving(), nil }))
 }
 
 // awaitTick waits until the guest that has this memory goes on.
@@ -161,12 +169,21 @@ func awaitTick(ctx context.Context, memory string, counter int64) (err error) {
 	if _, err := f.ReadAt(first[:], counter); err != nil {
 		return fmt.Errorf("bench: %w", err)
 	}
-	return poll(ctx, func() (bool, error) {
+	return still(poll(ctx, func() (bool, error) {
 		_, err := f.ReadAt(now[:], counter)
 		return now != first, err
-	})
+	}))
 }
 
+// still says what a wait for the guest's clock that came to nothing means.
+func still(err error) error {
+	if err == nil {
+		return nil
+	}
+	return fmt.Errorf("bench: the guest's clock stands still: %w", err)
+}
+
+// poll looks until it is done or patience is at its end.
 func poll(ctx context.Context, done func() (bool, error)) error {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
@@ -179,7 +196,7 @@ func poll(ctx context.Context, done func() (bool, error)) error {
 		select {
 		case <-tick.C:
 		case <-ctx.Done():
-			return fmt.Errorf("bench: the guest's clock stands still: %w", ctx.Err())
+			return ctx.Err()
 		}
 	}
 }
@@ -193,49 +210,6 @@ func sleep(ctx context.Context, d time.Duration) error {
 		return nil
 	case <-ctx.Done():
 		return ctx.Err()
-	}
-}
-
-// arrival waits for a memory file that is to come.
-type arrival struct {
-	path    string
-	inotify *os.File
-}
-
-func expectFile(path string) (*arrival, error) {
-	fd, err := unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK)
-	if err != nil {
-		return nil, fmt.Errorf("bench: watch for %s: %w", path, err)
-	}
-	f := os.NewFile(uintptr(fd), "inotify")
-	if _, err := unix.InotifyAddWatch(fd, filepath.Dir(path), unix.IN_CREATE|unix.IN_MOVED_TO|unix.IN_MODIFY|unix.IN_OPEN); err != nil {
-		return nil, errors.Join(fmt.Errorf("bench: watch for %s: %w", path, err), f.Close())
-	}
-	return &arrival{path: path, inotify: f}, nil
-}
-
-// add has the probe watch the file as soon as it has its length.
-func (a *arrival) add(ctx context.Context, probe *flat.Probe, counter int64) (err error) {
-	defer func() { err = errors.Join(err, a.inotify.Close()) }()
-	stop := context.AfterFunc(ctx, func() { _ = a.inotify.SetReadDeadline(time.Unix(1, 0)) })
-	defer stop()
-	buf := make([]byte, 64<<10)
-	for {
-		// Whatever happened in the folder: the file is there and long enough,
-		// or it is to be waited for.
-		info, err := os.Stat(a.path)
-		if err == nil && info.Size() > counter {
-			return probe.Add(a.path, counter)
-		}
-		if err != nil && !errors.Is(err, os.ErrNotExist) {
-			return fmt.Errorf("bench: %w", err)
-		}
-		if _, err := a.inotify.Read(buf); err != nil {
-			if ctx.Err() != nil {
-				err = ctx.Err()
-			}
-			return fmt.Errorf("bench: wait for %s: %w", a.path, err)
-		}
 	}
 }
 

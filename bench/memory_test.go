@@ -67,7 +67,7 @@ func TestArrival(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "guest.ram")
 	probe := flat.NewProbe(flat.DefaultInterval)
 	defer probe.Close()
-	a, err := expectFile(path)
+	a, err := expect(comingAt(path))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -95,7 +95,7 @@ func TestArrival(t *testing.T) {
 func TestArrivalGivesUp(t *testing.T) {
 	probe := flat.NewProbe(time.Millisecond)
 	defer probe.Close()
-	a, err := expectFile(filepath.Join(t.TempDir(), "guest.ram"))
+	a, err := expect(comingAt(filepath.Join(t.TempDir(), "guest.ram")))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -26,6 +26,8 @@ const clockTick = time.Millisecond
 type program interface {
 	// define makes what the guest boots from, and its definition.
 	define(b *bed, name string, memory int64) (*qemu.Definition, error)
+	// spec is the guest for libvirt, which the lab makes; nil for none.
+	spec(memory int64) *lab.GuestSpec
 	// boot waits until the guest does what it is to do, and returns where in its
 	// memory file the 32-bit count is that goes on with its clock.
 	boot(ctx context.Context, p place, memory int64) (counter int64, err error)
@@ -55,6 +57,14 @@ func (f flatProgram) define(b *bed, name string, memory int64) (*qemu.Definition
 		Name: name, Memory: qemu.Size(memory), Accelerator: accelerator,
 		Disks: []qemu.Disk{{Path: disk, Format: "raw", Bus: "ide"}},
 	}, nil
+}
+
+func (f flatProgram) spec(memory int64) *lab.GuestSpec {
+	s := &lab.GuestSpec{Kind: lab.Flat, Memory: memory, WorkingSet: int64(f.config.Pages) * flat.PageSize, DirtyRate: lab.Unbounded}
+	if f.config.Rate != flat.Unbounded {
+		s.DirtyRate = f.config.Rate * flat.PageSize
+	}
+	return s
 }
 
 // bootPoll is how often the memory of a booting flat guest is looked at, which
@@ -115,6 +125,9 @@ func (l linuxProgram) define(b *bed, name string, memory int64) (*qemu.Definitio
 		NICs:    []qemu.NIC{nic},
 	}, nil
 }
+
+// spec is nil: the lab's own Linux guests have a clock that is too slow.
+func (l linuxProgram) spec(int64) *lab.GuestSpec { return nil }
 
 func (l linuxProgram) boot(ctx context.Context, p place, memory int64) (int64, error) {
 	c, err := dialConsole(ctx, p.console)

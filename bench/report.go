@@ -9,6 +9,7 @@ import (
 	"github.com/dustin/go-humanize"
 
 	"github.com/lmctl/lmctl/bench/stats"
+	"github.com/lmctl/lmctl/internal/lab"
 )
 
 // Report is all that was measured. Times are nanoseconds in JSON.
@@ -18,6 +19,7 @@ type Report struct {
 	Took        time.Duration `json:"took_ns"`
 	Machine     Machine       `json:"machine"`
 	Link        string        `json:"link"`
+	Hypervisor  string        `json:"hypervisor"` // qemu: run by the agents, or by the bench; libvirt
 	Runs        int           `json:"runs"`
 	Results     []Result      `json:"results"`
 	Comparisons []Comparison  `json:"comparisons"`
@@ -34,6 +36,7 @@ type Result struct {
 	Failed         int                          `json:"failed"`  // migrations that did not come to their end
 	Healthy        int                          `json:"healthy"` // guests that were so afterwards
 	Downtime       stats.Summary[time.Duration] `json:"downtime_ns"`
+	Switchover     stats.Summary[time.Duration] `json:"switchover_ns"`
 	Own            stats.Summary[time.Duration] `json:"own_downtime_ns"` // by the contender's own account
 	Total          stats.Summary[time.Duration] `json:"total_ns"`
 	Bytes          stats.Summary[int64]         `json:"bytes"`
@@ -46,11 +49,13 @@ type Comparison struct {
 	A     time.Duration `json:"a_ns"`
 	B     time.Duration `json:"b_ns"`
 	Ratio float64       `json:"ratio"` // A to B
+	// Target is what Ratio is to be at most; 0 if nothing is asked of it.
+	Target float64 `json:"target,omitempty"`
 }
 
 // sum sums up the samples of the migrations that came to their end.
 func (r *Result) sum() {
-	var downtimes, own, totals []time.Duration
+	var downtimes, switchovers, own, totals []time.Duration
 	var bytes []int64
 	r.Failed, r.Healthy = 0, 0
 	for _, s := range r.Samples {
@@ -62,16 +67,48 @@ func (r *Result) sum() {
 			r.Healthy++
 		}
 		downtimes, totals, bytes = append(downtimes, s.Downtime), append(totals, s.Total), append(bytes, s.Bytes)
+		switchovers = append(switchovers, s.Switchover)
 		if s.Own.Downtime > 0 {
 			own = append(own, s.Own.Downtime)
 		}
 	}
-	r.Own = stats.Of(own)
+	r.Switchover, r.Own = stats.Of(switchovers), stats.Of(own)
 	r.Downtime, r.Total, r.Bytes = stats.Of(downtimes), stats.Of(totals), stats.Of(bytes)
 }
 
-// compare sets lmctl against the floor, and guests that differ in nothing but
-// their memory against each other.
+// withVirsh sets lmctl against virsh.
+func withVirsh(w Workload, ours, virsh Result) []Comparison {
+	add := func(list []Comparison, how string, a, b stats.Summary[time.Duration]) []Comparison {
+		return append(list, medians(w.Name+", "+how+": lmctl to virsh", a, b))
+	}
+	list := add(nil, "from outside", ours.Downtime, virsh.Downtime)
+	list[0].Target = w.Target
+	for _, by := range []string{ours.Contender, virsh.Contender} {
+		if a, b := ours.after(by), virsh.after(by); a.N > 0 && b.N > 0 {
+			list = add(list, "from outside, of guests that "+by+" had brought", a, b)
+		}
+	}
+	list = add(list, "from outside, at the change of hosts", ours.Switchover, virsh.Switchover)
+	return add(list, "by their own accounts", ours.Own, virsh.Own)
+}
+
+func medians(what string, a, b stats.Summary[time.Duration]) Comparison {
+	return Comparison{What: what, A: a.Median, B: b.Median, Ratio: stats.Ratio(a.Median, b.Median)}
+}
+
+// after sums up the downtimes of guests that another contender had moved before.
+func (r *Result) after(mover string) stats.Summary[time.Duration] {
+	var downtimes []time.Duration
+	for _, s := range r.Samples {
+		if s.Error == "" && s.After == mover {
+			downtimes = append(downtimes, s.Downtime)
+		}
+	}
+	return stats.Of(downtimes)
+}
+
+// compare sets lmctl against the floor and against virsh, and guests that differ
+// in nothing but their memory against each other.
 func (r *Report) compare(workloads []Workload) {
 	find := func(workload, contender string) (Result, bool) {
 		for _, x := range r.Results {
@@ -82,22 +119,21 @@ func (r *Report) compare(workloads []Workload) {
 		return Result{}, false
 	}
 	add := func(what string, a, b stats.Summary[time.Duration]) {
-		r.Comparisons = append(r.Comparisons, Comparison{What: what, A: a.Median, B: b.Median, Ratio: stats.Ratio(a.Median, b.Median)})
+		r.Comparisons = append(r.Comparisons, medians(what, a, b))
 	}
 	r.Comparisons = []Comparison{}
 	for _, w := range workloads {
-		if !w.Idle {
-			continue
-		}
 		ours, ok := find(w.Name, "lmctl")
-		floor, both := find(w.Name, "floor")
-		if ok && both {
+		if virsh, both := find(w.Name, "virsh"); ok && both {
+			r.Comparisons = append(r.Comparisons, withVirsh(w, ours, virsh)...)
+		}
+		if floor, both := find(w.Name, "floor"); ok && both && w.Idle {
 			add(w.Name+", stopped to running: lmctl to what QEMU itself needs", ours.Own, floor.Own)
 			add(w.Name+", from outside: lmctl to what QEMU itself needs", ours.Downtime, floor.Downtime)
 		}
 	}
 	members := families(workloads)
-	for _, c := range Contenders() {
+	for _, c := range Contenders(lab.Hypervisor(r.Hypervisor)) {
 		for _, family := range slices.Sorted(maps.Keys(members)) {
 			small, ok := find(members[family][0].Name, c.Name)
 			large, both := find(members[family][1].Name, c.Name)

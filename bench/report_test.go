@@ -6,6 +6,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/lmctl/lmctl/internal/lab"
 )
 
 func done(run int, downtime time.Duration) Sample {
@@ -15,7 +17,7 @@ func done(run int, downtime time.Duration) Sample {
 // sampled is a report as Run makes it, of made-up samples.
 func sampled() *Report {
 	r := &Report{
-		Version: "1.0", Took: 100 * time.Second, Link: "veth", Runs: 3,
+		Version: "1.0", Took: 100 * time.Second, Link: "veth", Runs: 3, Hypervisor: "qemu",
 		Machine: Machine{Kernel: "6.12", CPU: "A CPU", Cores: 2, MemoryBytes: 8 << 30, QEMU: "7.2.0"},
 	}
 	add := func(workload, contender string, memory int64, samples ...Sample) {
@@ -31,7 +33,7 @@ func sampled() *Report {
 	add("idle-4G", "lmctl", 4<<30, done(1, 15*ms), sick, Sample{Run: 3, Error: "it did not converge"})
 	add("idle-4G", "qemu", 4<<30, Sample{Run: 1, Error: "it did not converge"})
 	var workloads []Workload
-	for _, w := range Workloads() {
+	for _, w := range Workloads(lab.QEMU) {
 		if w.Name == "idle-256M" || w.Name == "idle-4G" {
 			workloads = append(workloads, w)
 		}
@@ -139,10 +141,10 @@ func TestJSON(t *testing.T) {
 
 func TestNamed(t *testing.T) {
 	name := func(c Contender) string { return c.Name }
-	if got, unknown := Named(Contenders(), name, []string{"floor", "lmctl"}); unknown != "" || len(got) != 2 || got[0].Name != "floor" {
+	if got, unknown := Named(Contenders(lab.QEMU), name, []string{"floor", "lmctl"}); unknown != "" || len(got) != 2 || got[0].Name != "floor" {
 		t.Errorf("%v, unknown %q", got, unknown)
 	}
-	if _, unknown := Named(Contenders(), name, []string{"lmctl", "teleport"}); unknown != "teleport" {
+	if _, unknown := Named(Contenders(lab.QEMU), name, []string{"lmctl", "teleport"}); unknown != "teleport" {
 		t.Errorf("unknown %q", unknown)
 	}
 }
@@ -150,28 +152,33 @@ func TestNamed(t *testing.T) {
 // Every value is fit to be run: names are unique and name guests, and flat
 // guests have images.
 func TestValues(t *testing.T) {
-	seen := make(map[string]bool)
-	for _, c := range Contenders() {
-		if seen[c.Name] || c.Title == "" || c.keeper == nil || (c.keeper == byBench) != (c.travel != nil) {
-			t.Errorf("contender %+v", c)
+	for _, h := range []lab.Hypervisor{lab.QEMU, lab.Libvirt} {
+		seen := make(map[string]bool)
+		for _, c := range Contenders(h) {
+			if seen[c.Name] || c.Title == "" || c.keeper == nil || c.keeper.limit <= 0 ||
+				(c.keeper == byBench) != (c.travel != nil) || (c.keeper == byLibvirt) != (c.order != nil) || (c.keeper == byLibvirt) != (h == lab.Libvirt) {
+				t.Errorf("%s: contender %+v", h, c)
+			}
+			seen[c.Name] = true
 		}
-		seen[c.Name] = true
-	}
-	smallest := false
-	for _, w := range Workloads() {
-		if seen[w.Name] || w.Title == "" || w.Memory == 0 || w.program == nil {
-			t.Errorf("workload %+v", w)
-		}
-		seen[w.Name] = true
-		smallest = smallest || w.Name == Smallest
-		if f, ok := w.program.(flatProgram); ok {
-			if _, err := f.config.Image(); err != nil || f.config.Memory != w.Memory {
-				t.Errorf("workload %s: memory %d, %v", w.Name, f.config.Memory, err)
+		for _, w := range Workloads(h) {
+			if seen[w.Name] || w.Title == "" || w.Memory == 0 || w.program == nil {
+				t.Errorf("%s: workload %+v", h, w)
+			}
+			seen[w.Name] = true
+			if f, ok := w.program.(flatProgram); ok {
+				if _, err := f.config.Image(); err != nil || f.config.Memory != w.Memory {
+					t.Errorf("workload %s: memory %d, %v", w.Name, f.config.Memory, err)
+				}
+			}
+			// libvirt shortens longer names.
+			if name := w.Name + "-" + byLibvirt.name; h == lab.Libvirt && len(name) > 20 {
+				t.Errorf("a domain called %s", name)
 			}
 		}
-	}
-	if !smallest {
-		t.Errorf("no workload %s", Smallest)
+		if !seen[Smallest] {
+			t.Errorf("%s: no workload %s", h, Smallest)
+		}
 	}
 }
 

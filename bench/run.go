@@ -5,9 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"time"
-
-	"github.com/google/uuid"
 
 	"github.com/lmctl/lmctl/guest/linux"
 	"github.com/lmctl/lmctl/internal/lab"
@@ -32,20 +31,25 @@ const (
 )
 
 // Run moves a guest of each workload Runs times with each contender, the
-// contenders in turn, in a lab with agents on at least two hosts. What it leaves
-// in the lab when it fails goes with the lab. An error is about the measuring: a
-// migration that failed, and a guest that is not healthy, are in the report.
+// contenders in turn, in a lab with agents on at least two hosts. Every second
+// run takes them in the opposite order: those that share a guest, one of whom
+// brings it back from where the other has taken it, go either way alike, and
+// where they are two, each follows itself as often as the other.
+//
+// What Run leaves in the lab when it fails goes with the lab. An error is about
+// the measuring: a migration that failed, and a guest that is not healthy, are
+// in the report.
 func Run(ctx context.Context, l *lab.Lab, o Options) (_ *Report, err error) {
 	b, err := newBed(ctx, l, o.Boot)
 	if err != nil {
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, b.close()) }()
-	machine, err := describeMachine(ctx)
+	machine, err := describeMachine(ctx, l)
 	if err != nil {
 		return nil, err
 	}
-	r := &Report{Version: o.Version, Started: time.Now(), Machine: machine, Link: o.Link.Name, Runs: o.Runs}
+	r := &Report{Version: o.Version, Started: time.Now(), Machine: machine, Link: o.Link.Name, Runs: o.Runs, Hypervisor: string(l.Hypervisor())}
 	for _, w := range o.Workloads {
 		results, err := b.workload(ctx, o, w)
 		if err != nil {
@@ -63,6 +67,8 @@ type held struct {
 	*keeper
 	subject     subject // nil until it is needed
 	counter     int64   // where its clock is
+	mover       string  // the contender that has moved it last
+	turns       int     // how many times a guest was to be moved
 	accelerator string
 }
 
@@ -81,7 +87,8 @@ func (b *bed) workload(ctx context.Context, o Options, w Workload) (results []Re
 		})
 	}
 	for run := 1; run <= o.Runs; run++ {
-		for i, c := range o.Contenders {
+		for _, i := range order(run, len(o.Contenders)) {
+			c := o.Contenders[i]
 			h := guests[c.keeper]
 			sample, err := b.turn(ctx, w, c, h)
 			if err != nil {
@@ -99,8 +106,21 @@ func (b *bed) workload(ctx context.Context, o Options, w Workload) (results []Re
 	return results, nil
 }
 
+// order is the order of n contenders in a run.
+func order(run, n int) []int {
+	list := make([]int, n)
+	for i := range list {
+		list[i] = i
+	}
+	if run%2 == 0 {
+		slices.Reverse(list)
+	}
+	return list
+}
+
 // turn is one contender's one migration.
 func (b *bed) turn(ctx context.Context, w Workload, c Contender, h *held) (Sample, error) {
+	defer func() { h.turns++ }()
 	if h.subject == nil {
 		if err := b.start(ctx, w, h); err != nil {
 			return Sample{}, err
@@ -108,7 +128,8 @@ func (b *bed) turn(ctx context.Context, w Workload, c Contender, h *held) (Sampl
 	} else if err := h.subject.resume(ctx); err != nil {
 		return Sample{}, err
 	}
-	sample, err := b.measure(ctx, h.subject, c.travel, h.counter)
+	sample, err := b.measure(ctx, h.subject, c, h.counter)
+	sample.After, h.mover = h.mover, c.Name
 	var failed *moveError
 	switch {
 	case ctx.Err() != nil:
@@ -132,23 +153,14 @@ func (b *bed) turn(ctx context.Context, w Workload, c Contender, h *held) (Sampl
 	return sample, h.close(ctx)
 }
 
-// start boots a guest.
+// start boots a guest, where the one before it would be.
 func (b *bed) start(ctx context.Context, w Workload, h *held) error {
 	name := w.Name + "-" + h.name
-	def, err := w.program.define(b, name, w.Memory)
+	s, err := h.start(ctx, b, name, w, h.turns%2)
 	if err != nil {
 		return err
 	}
-	def.UUID = uuid.NewString()
-	text, err := def.YAML()
-	if err != nil {
-		return err
-	}
-	s, err := h.start(ctx, b, name, text)
-	if err != nil {
-		return err
-	}
-	h.subject = s
+	h.subject, h.mover = s, ""
 	boot, cancel := context.WithTimeout(ctx, bootLimit)
 	defer cancel()
 	p := s.place()

@@ -19,8 +19,12 @@ func (r *Report) WriteTable(w io.Writer) error {
 	if !m.Virtualizes {
 		how = "the CPU does not virtualize: Linux under TCG, flat guests on an emulating KVM"
 	}
-	fmt.Fprintf(w, "lmctl %s, QEMU %s, Linux %s\n%s, %d cores, %s; %s\n%d runs each, in turn, over %s; %s in all\n",
-		r.Version, m.QEMU, m.Kernel, m.CPU, m.Cores, humanize.IBytes(uint64(m.MemoryBytes)), how,
+	hypervisor := "QEMU " + m.QEMU
+	if m.Libvirt != "" {
+		hypervisor = "libvirt " + m.Libvirt + ", " + hypervisor
+	}
+	fmt.Fprintf(w, "lmctl %s, %s, Linux %s\n%s, %d cores, %s; %s\n%d runs each, in turn, over %s; %s in all\n",
+		r.Version, hypervisor, m.Kernel, m.CPU, m.Cores, humanize.IBytes(uint64(m.MemoryBytes)), how,
 		r.Runs, r.Link, brief(r.Took))
 	workload := ""
 	t := tabwriter.NewWriter(w, 0, 0, 3, ' ', tabwriter.AlignRight)
@@ -74,7 +78,11 @@ func (r *Report) writeRest(w io.Writer) error {
 		fmt.Fprintln(t, "\nMedian downtimes compared")
 	}
 	for _, c := range r.Comparisons {
-		fmt.Fprintf(t, "  %s\t%s : %s\t= %.2f\n", c.What, ms(c.A), ms(c.B), c.Ratio)
+		wanted := ""
+		if c.Target > 0 {
+			wanted = fmt.Sprintf("\t(wanted: at most %.1f)", c.Target)
+		}
+		fmt.Fprintf(t, "  %s\t%s : %s\t= %.2f%s\n", c.What, ms(c.A), ms(c.B), c.Ratio, wanted)
 	}
 	if err := t.Flush(); err != nil {
 		return err

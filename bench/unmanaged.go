@@ -17,14 +17,18 @@ type unmanaged struct {
 	source *qemu.Observer
 }
 
-func startUnmanaged(ctx context.Context, b *bed, name string, definition []byte) (subject, error) {
-	u := &unmanaged{b: b, name: name}
+func startUnmanaged(ctx context.Context, b *bed, name string, w Workload, at int) (subject, error) {
+	definition, err := b.definition(name, w)
+	if err != nil {
+		return nil, err
+	}
+	u := &unmanaged{b: b, name: name, at: at}
 	for _, host := range b.hosts {
 		if _, err := b.drivers[host].Define(definition); err != nil {
 			return nil, errors.Join(err, u.close(ctx))
 		}
 	}
-	err := u.on(u.at, func(d *qemu.Driver) error { return d.Start(ctx, name) })
+	err = u.on(u.at, func(d *qemu.Driver) error { return d.Start(ctx, name) })
 	if err == nil {
 		u.source, err = u.observe(ctx, u.at)
 	}
@@ -61,7 +65,11 @@ func (u *unmanaged) placeAt(at int) place {
 }
 
 func (u *unmanaged) place() place { return u.placeAt(u.at) }
-func (u *unmanaged) next() place  { return u.placeAt(otherHost(u.at)) }
+
+func (u *unmanaged) next() (host string, memory coming) {
+	p := u.placeAt(otherHost(u.at))
+	return p.host, comingAt(p.memory)
+}
 
 func (u *unmanaged) pause(ctx context.Context) error {
 	return u.source.Run(ctx, "stop", nil, nil)
@@ -72,25 +80,25 @@ func (u *unmanaged) resume(ctx context.Context) error {
 }
 
 // move starts the destination, lets the guest travel there, and ends the source.
-func (u *unmanaged) move(ctx context.Context, how travel) (Own, error) {
+func (u *unmanaged) move(ctx context.Context, c Contender) (account, error) {
 	to := otherHost(u.at)
 	if err := u.on(to, func(d *qemu.Driver) error { return d.StartIncoming(ctx, u.name) }); err != nil {
-		return Own{}, err
+		return nil, err
 	}
 	destination, err := u.observe(ctx, to)
 	if err != nil {
-		return Own{}, errors.Join(err, u.end(ctx, to, nil))
+		return nil, errors.Join(err, u.end(ctx, to, nil))
 	}
-	own, err := how(ctx, u, destination)
+	own, err := c.travel(ctx, u, destination)
 	if err != nil {
-		return Own{}, errors.Join(err, destination.Close())
+		return nil, errors.Join(err, destination.Close())
 	}
 	if err := u.end(ctx, u.at, u.source); err != nil {
-		return Own{}, errors.Join(err, destination.Close())
+		return nil, errors.Join(err, destination.Close())
 	}
 	err = u.source.Close()
 	u.at, u.source = to, destination
-	return own, errors.Join(err, u.b.await(ctx, u.b.hosts[to], u.name, hypervisor.StateRunning))
+	return said(own), errors.Join(err, u.b.await(ctx, u.b.hosts[to], u.name, hypervisor.StateRunning))
 }
 
 // end has the QEMU on a host quit, if there is one, and waits until nothing of

@@ -1,8 +1,11 @@
 package bench
 
 import (
+	"slices"
+
 	"github.com/lmctl/lmctl/guest/control"
 	"github.com/lmctl/lmctl/guest/flat"
+	"github.com/lmctl/lmctl/internal/lab"
 )
 
 // Workload is a guest with something to do.
@@ -13,6 +16,9 @@ type Workload struct {
 	// Idle says that the guest writes next to nothing: a move of it is to be
 	// compared with what QEMU itself needs.
 	Idle bool
+	// Target is what lmctl's downtime is to be at most, as a part of that of
+	// virsh migrate --live; 0 for none.
+	Target float64
 	// Family groups workloads that differ in their memory only.
 	Family string
 
@@ -27,12 +33,16 @@ const Smallest = "small-writer"
 // writerPages is what the unbounded writer dirties again and again: 99 MiB.
 const writerPages = 25344
 
-// Workloads are all there are.
-func Workloads() []Workload {
+// Workloads are all there are for guests of a hypervisor.
+func Workloads(h lab.Hypervisor) []Workload {
+	return slices.DeleteFunc(workloads(), func(w Workload) bool { return h == lab.Libvirt && w.program.spec(w.Memory) == nil })
+}
+
+func workloads() []Workload {
 	return []Workload{
 		idleLinux("idle-linux", 256*mib),
 		{
-			Name: "writer", Title: "flat guest, 99 MiB rewritten without pause", Memory: 128 * mib,
+			Name: "writer", Title: "flat guest, 99 MiB rewritten without pause", Memory: 128 * mib, Target: 0.5,
 			program: flatProgram{flat.Config{Memory: 128 * mib, Pages: writerPages, Rate: flat.Unbounded}},
 		},
 		{
@@ -47,7 +57,7 @@ func Workloads() []Workload {
 
 func idleFlat(name string, memory int64) Workload {
 	return Workload{
-		Name: name, Title: "flat guest, idle", Memory: memory, Idle: true, Family: "idle flat guest",
+		Name: name, Title: "flat guest, idle", Memory: memory, Idle: true, Family: "idle flat guest", Target: 1,
 		program: flatProgram{flat.Config{Memory: memory}},
 	}
 }

@@ -17,33 +17,35 @@ import (
 	"github.com/lmctl/lmctl/internal/lab"
 )
 
-const benchLong = `Measures live migrations in a lab of its own: lmctl's and QEMU's own, in turn,
-with the same guests, and from outside in the same way. It needs root, and a
-machine that has nothing else to do.`
+const benchLong = `Measures live migrations in a lab of its own: lmctl's and those of others, in
+turn, with the same guests, and from outside in the same way. It needs root, and
+a machine that has nothing else to do.`
 
 // benchDir is the folder of the bench's lab, unless it is told another.
 const benchDir = "/var/lib/lmctl/bench"
 
 type benchFlags struct {
+	hypervisor lab.Hypervisor
 	runs       int
 	contenders []string
 	workloads  []string
 	smallest   bool
+	each       bool // print each run too
 	out        string
 	dir        string
 }
 
 func newBenchCommand(o *options) *cobra.Command {
 	cmd := &cobra.Command{
-		Use: "bench", Short: "Measure migrations: lmctl's and QEMU's own", Long: benchLong,
+		Use: "bench", Short: "Measure migrations: lmctl's, QEMU's own and virsh's", Long: benchLong,
 		Args: noSuchCommand, RunE: showHelp,
 	}
-	cmd.AddCommand(newBenchQuickCommand(o), newBenchMemoryCommand(o), newBenchListCommand(o))
+	cmd.AddCommand(newBenchQuickCommand(o), newBenchMemoryCommand(o), newBenchLibvirtCommand(o), newBenchListCommand(o))
 	return cmd
 }
 
 func newBenchQuickCommand(o *options) *cobra.Command {
-	f := benchFlags{runs: 5, workloads: []string{"idle-linux", "writer"}, contenders: []string{"lmctl", "qemu", "qemu-unlimited", "floor"}}
+	f := benchFlags{hypervisor: lab.QEMU, runs: 5, workloads: []string{"idle-linux", "writer"}, contenders: []string{"lmctl", "qemu", "qemu-unlimited", "floor"}}
 	cmd := &cobra.Command{
 		Use: "quick", Short: "An idle guest and one that writes without pause, within 3 minutes",
 		Long:    benchLong + "\n\nlmctl bench list says what there is to measure.",
@@ -52,12 +54,12 @@ func newBenchQuickCommand(o *options) *cobra.Command {
 		RunE:    func(cmd *cobra.Command, _ []string) error { return o.bench(cmd.Context(), &f) },
 	}
 	f.register(cmd)
-	cmd.Flags().BoolVar(&f.smallest, "smallest", false, "one run of a small guest with every contender, to see that all of it works")
+	f.registerSmallest(cmd)
 	return cmd
 }
 
 func newBenchMemoryCommand(o *options) *cobra.Command {
-	f := benchFlags{runs: 10, workloads: []string{"idle-256M", "idle-4G"}, contenders: []string{"lmctl", "floor"}}
+	f := benchFlags{hypervisor: lab.QEMU, runs: 10, workloads: []string{"idle-256M", "idle-4G"}, contenders: []string{"lmctl", "floor"}}
 	cmd := &cobra.Command{
 		Use: "memory", Short: "Whether the downtime grows with an idle guest's memory", Long: benchLong, Args: takes(),
 		RunE: func(cmd *cobra.Command, _ []string) error { return o.bench(cmd.Context(), &f) },
@@ -75,6 +77,10 @@ func (f *benchFlags) register(cmd *cobra.Command) {
 	flags.StringVar(&f.dir, "dir", benchDir, "folder for the lab, which is removed at the end")
 }
 
+func (f *benchFlags) registerSmallest(cmd *cobra.Command) {
+	cmd.Flags().BoolVar(&f.smallest, "smallest", false, "one run of a small guest with every contender, to see that all of it works")
+}
+
 func newBenchListCommand(o *options) *cobra.Command {
 	return &cobra.Command{
 		Use: "list", Short: "List what the bench can measure", Args: takes(),
@@ -84,36 +90,40 @@ func newBenchListCommand(o *options) *cobra.Command {
 
 func (o *options) benchList() error {
 	type entry struct {
-		Kind  string `json:"kind"`
-		Name  string `json:"name"`
-		Title string `json:"title"`
+		Hypervisor lab.Hypervisor `json:"hypervisor"`
+		Kind       string         `json:"kind"`
+		Name       string         `json:"name"`
+		Title      string         `json:"title"`
 	}
 	var list []entry
-	for _, c := range bench.Contenders() {
-		list = append(list, entry{"contender", c.Name, c.Title})
-	}
-	for _, w := range bench.Workloads() {
-		list = append(list, entry{"workload", w.Name, w.Title + ", " + size(w.Memory)})
-	}
-	for _, l := range bench.Links() {
-		list = append(list, entry{"link", l.Name, l.Title})
+	for _, h := range []lab.Hypervisor{lab.QEMU, lab.Libvirt} {
+		for _, c := range bench.Contenders(h) {
+			list = append(list, entry{h, "contender", c.Name, c.Title})
+		}
+		for _, w := range bench.Workloads(h) {
+			list = append(list, entry{h, "workload", w.Name, w.Title + ", " + size(w.Memory)})
+		}
+		for _, l := range bench.Links() {
+			list = append(list, entry{h, "link", l.Name, l.Title})
+		}
 	}
 	if o.json {
 		return printJSON(o.out, list)
 	}
 	var rows [][]string
 	for _, e := range list {
-		rows = append(rows, []string{e.Kind, e.Name, e.Title})
+		rows = append(rows, []string{string(e.Hypervisor), e.Kind, e.Name, e.Title})
 	}
-	return printTable(o.out, "KIND NAME TITLE", rows)
+	return printTable(o.out, "HYPERVISOR KIND NAME TITLE", rows)
 }
 
 // plan is what the flags ask for.
 func (f *benchFlags) plan() (bench.Options, error) {
+	contenders, workloads := bench.Contenders(f.hypervisor), bench.Workloads(f.hypervisor)
 	p := bench.Options{Runs: f.runs, Version: buildVersion(), Link: bench.Links()[0]}
 	if f.smallest {
 		p.Runs, f.workloads, f.contenders = 1, []string{bench.Smallest}, nil
-		for _, c := range bench.Contenders() {
+		for _, c := range contenders {
 			f.contenders = append(f.contenders, c.Name)
 		}
 	}
@@ -121,11 +131,11 @@ func (f *benchFlags) plan() (bench.Options, error) {
 		return p, usagef("--runs %d: one is the least", f.runs)
 	}
 	var unknown string
-	p.Contenders, unknown = bench.Named(bench.Contenders(), func(c bench.Contender) string { return c.Name }, f.contenders)
+	p.Contenders, unknown = bench.Named(contenders, func(c bench.Contender) string { return c.Name }, f.contenders)
 	if unknown != "" {
 		return p, usagef("no contender %q; see lmctl bench list", unknown)
 	}
-	p.Workloads, unknown = bench.Named(bench.Workloads(), func(w bench.Workload) string { return w.Name }, f.workloads)
+	p.Workloads, unknown = bench.Named(workloads, func(w bench.Workload) string { return w.Name }, f.workloads)
 	if unknown != "" {
 		return p, usagef("no workload %q; see lmctl bench list", unknown)
 	}
@@ -149,7 +159,7 @@ func (o *options) bench(ctx context.Context, f *benchFlags) (err error) {
 	}
 	ctx, stop := signal.NotifyContext(ctx, syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
-	l, end, err := lab.Fresh(ctx, lab.Options{Dir: f.dir, Hosts: 2})
+	l, end, err := lab.Fresh(ctx, lab.Options{Dir: f.dir, Hosts: 2, Hypervisor: f.hypervisor})
 	if err != nil {
 		return err
 	}
@@ -169,7 +179,10 @@ func (o *options) bench(ctx context.Context, f *benchFlags) (err error) {
 		return printJSON(o.out, r)
 	}
 	fmt.Fprintln(o.err)
-	return r.WriteTable(o.out)
+	if err := r.WriteTable(o.out); err != nil || !f.each {
+		return err
+	}
+	return r.WriteRuns(o.out)
 }
 
 // onceBoot finds what Linux guests boot from when it is first asked.

@@ -27,7 +27,9 @@ type Probe struct {
 	highest  uint32    // the furthest that any copy has come
 	last     time.Time // when some copy was last seen to go on
 	gap      Gap
-	moved    bool // some copy has gone on since the probe began or was reset
+	over     Gap   // the longest that ended with another copy than it began with
+	mover    *word // the copy that was last seen to go on
+	moved    bool  // some copy has gone on since the probe began or was reset
 	late     time.Duration
 	looks    uint64
 
@@ -94,7 +96,7 @@ func (p *Probe) Add(path string, off int64) error {
 func (p *Probe) Reset() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.gap, p.moved, p.late, p.looks = Gap{}, false, 0, 0
+	p.gap, p.over, p.mover, p.moved, p.late, p.looks = Gap{}, Gap{}, nil, false, 0, 0
 }
 
 // Longest returns the longest gap since the probe began or was reset. A gap
@@ -108,6 +110,15 @@ func (p *Probe) Longest() Gap {
 		}
 	}
 	return p.gap
+}
+
+// Switchover returns the longest gap after which another copy went on than
+// before it, since the probe began or was reset: that of a migration itself,
+// whatever else has kept the guest waiting.
+func (p *Probe) Switchover() Gap {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.over
 }
 
 // Lateness returns the longest time between two looks: how far the host itself
@@ -173,21 +184,27 @@ func (p *Probe) look(now time.Time, since time.Duration) {
 	if p.looks > 1 {
 		p.late = max(p.late, since)
 	}
-	moved := false
+	var mover *word
 	for _, w := range p.words {
 		if v := w.load(); ahead(v, p.highest) {
-			p.highest, moved = v, true
+			p.highest, mover = v, w
 		}
 	}
-	if !moved {
+	if mover == nil {
 		return
 	}
 	if p.moved {
-		if d := now.Sub(p.last); d > p.gap.Length {
-			p.gap = Gap{Start: p.last, Length: d}
+		gap := Gap{Start: p.last, Length: now.Sub(p.last)}
+		if gap.Length > p.gap.Length {
+			p.gap = gap
+		}
+		// A copy may be read just after its page has been brought up to date, and
+		// go on for one look: that gap is short.
+		if mover != p.mover && gap.Length > p.over.Length {
+			p.over = gap
 		}
 	}
-	p.last, p.moved = now, true
+	p.last, p.mover, p.moved = now, mover, true
 }
 
 // ahead compares counters that wrap round.

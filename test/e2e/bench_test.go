@@ -10,6 +10,7 @@ import (
 
 	"github.com/lmctl/lmctl/bench"
 	"github.com/lmctl/lmctl/dirtymap"
+	"github.com/lmctl/lmctl/internal/lab"
 	"github.com/lmctl/lmctl/internal/testenv"
 )
 
@@ -33,8 +34,8 @@ func TestBench(t *testing.T) {
 	if err := json.Unmarshal(out, &r); err != nil {
 		t.Fatalf("%v in %s", err, out)
 	}
-	if len(r.Results) != len(bench.Contenders()) {
-		t.Fatalf("%d results for %d contenders", len(r.Results), len(bench.Contenders()))
+	if len(r.Results) != len(bench.Contenders(lab.QEMU)) {
+		t.Fatalf("%d results for %d contenders", len(r.Results), len(bench.Contenders(lab.QEMU)))
 	}
 	for _, x := range r.Results {
 		if len(x.Samples) != 1 {
