@@ -30,6 +30,7 @@ type fakeAgent struct {
 	guests   []*lmctlv1.Guest
 	moves    []*lmctlv1.Migration
 	lines    []*lmctlv1.CheckLine
+	verdict  *lmctlv1.MigrationVerdict
 	hold     chan struct{} // Watch waits for it before it ends
 	watching chan struct{}
 	canceled chan struct{}

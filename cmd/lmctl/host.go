@@ -162,21 +162,29 @@ type checkJSON struct {
 	Advice  string `json:"advice,omitempty"`
 }
 
-func (o *options) printCheck(lines []*lmctlv1.CheckLine) error {
-	words := map[lmctlv1.CheckLine_Verdict]string{
-		lmctlv1.CheckLine_VERDICT_PASS: "pass", lmctlv1.CheckLine_VERDICT_WARN: "warn", lmctlv1.CheckLine_VERDICT_FAIL: "fail",
-	}
-	failed := false
+// verdictWords are the verdicts as they are printed.
+var verdictWords = map[lmctlv1.CheckLine_Verdict]string{
+	lmctlv1.CheckLine_VERDICT_PASS: "pass", lmctlv1.CheckLine_VERDICT_WARN: "warn", lmctlv1.CheckLine_VERDICT_FAIL: "fail",
+}
+
+func checkObjects(lines []*lmctlv1.CheckLine) []checkJSON {
 	list := make([]checkJSON, 0, len(lines))
+	for _, l := range lines {
+		list = append(list, checkJSON{l.Name, verdictWords[l.Verdict], l.Detail, l.Advice})
+	}
+	return list
+}
+
+func (o *options) printCheck(lines []*lmctlv1.CheckLine) error {
+	failed := false
 	rows := make([][]string, 0, len(lines))
 	for _, l := range lines {
 		failed = failed || l.Verdict == lmctlv1.CheckLine_VERDICT_FAIL
-		list = append(list, checkJSON{l.Name, words[l.Verdict], l.Detail, l.Advice})
-		rows = append(rows, []string{words[l.Verdict], l.Name, l.Detail, l.Advice})
+		rows = append(rows, []string{verdictWords[l.Verdict], l.Name, l.Detail, l.Advice})
 	}
 	var err error
 	if o.json {
-		err = printJSON(o.out, list)
+		err = printJSON(o.out, checkObjects(lines))
 	} else {
 		err = printTable(o.out, "VERDICT CHECK FOUND WHAT-TO-DO", rows)
 	}

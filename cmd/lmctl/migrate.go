@@ -25,7 +25,10 @@ and it goes on at the destination, with its connections.
 
 Until the destination has all of it, any failure, and Ctrl-C, leaves the guest
 running where it is. The exit code says which it was: 0 moved, 3 refused before
-anything was copied, 4 failed or cancelled, 5 in doubt (see lmctl guest claim).`
+anything was copied, 4 failed or cancelled, 5 in doubt (see lmctl guest claim).
+
+With --dry-run both hosts say line by line what they find, and nothing is done:
+the exit code is 0 if the migration would begin, and 3 if it would be refused.`
 
 type migrateFlags struct {
 	maxPasses int32
@@ -37,19 +40,23 @@ type migrateFlags struct {
 	compress  bool
 	timeout   time.Duration
 	detach    bool
+	dryRun    bool
 }
 
 func newMigrateCommand(o *options) *cobra.Command {
 	var f migrateFlags
 	cmd := &cobra.Command{
 		Use: "migrate GUEST HOST", Short: "Move a running guest to another host", Long: migrateLong,
-		Example: "  lmctl migrate web host2\n  lmctl migrate web host2 --verify --json\n  lmctl migrate web host2 --bandwidth 100MiB/s --detach",
+		Example: "  lmctl migrate web host2\n  lmctl migrate web host2 --verify --json\n  lmctl migrate web host2 --dry-run\n  lmctl migrate web host2 --bandwidth 100MiB/s --detach",
 		Args:    takes("GUEST", "HOST"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if err := f.check(); err != nil {
 				return err
 			}
 			req := &lmctlv1.StartMigrationRequest{Guest: args[0], Destination: args[1], Options: f.options(cmd)}
+			if f.dryRun {
+				return o.withAgent(func(c *api.Client) error { return o.dryRun(cmd.Context(), c, req) })
+			}
 			return o.withAgent(func(c *api.Client) error { return o.migrate(cmd.Context(), c, req, f.detach) })
 		},
 	}
@@ -63,6 +70,7 @@ func newMigrateCommand(o *options) *cobra.Command {
 	flags.BoolVar(&f.compress, "compress", false, "compress what travels, in relay mode")
 	flags.DurationVar(&f.timeout, "timeout", 0, "give up after this time; 0 for never")
 	flags.BoolVar(&f.detach, "detach", false, "print the migration's id and leave it to the agent")
+	flags.BoolVar(&f.dryRun, "dry-run", false, "only say whether it would be refused, and what both hosts find")
 	return cmd
 }
 
@@ -98,6 +106,8 @@ func (f *migrateFlags) check() error {
 		return usagef("--compress is for relay mode")
 	case mode == migrate.Relay && f.verify:
 		return usagef("--verify is for direct mode: in relay mode the memory is QEMU's alone to read")
+	case f.dryRun && f.detach:
+		return usagef("--dry-run begins nothing that could be left to the agent: give it or --detach")
 	case f.maxPasses < 1:
 		return usagef("--max-passes %d: at least 1", f.maxPasses)
 	case f.target <= 0:

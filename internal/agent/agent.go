@@ -45,6 +45,8 @@ type Agent struct {
 	inbound  *inbound
 	kept     *definitions
 
+	examining chan struct{} // full while others may not ask about guests
+
 	following sync.Mutex // held while a foreign guest's record follows it
 
 	life   context.Context // ends when the agent stops for good
@@ -59,7 +61,7 @@ func New(ctx context.Context, cfg Config, version string, log *slog.Logger) (_ *
 }
 
 func newAgent(ctx context.Context, cfg Config, version string, log *slog.Logger, makeDriver func(*Agent) (hypervisor.Driver, error)) (_ *Agent, err error) {
-	a := &Agent{cfg: cfg, version: version, log: log.With("host", cfg.Name), began: time.Now()}
+	a := &Agent{cfg: cfg, version: version, log: log.With("host", cfg.Name), began: time.Now(), examining: make(chan struct{}, maxExaminations)}
 	a.life, a.cancel = context.WithCancel(context.WithoutCancel(ctx))
 	defer func() {
 		if err != nil {

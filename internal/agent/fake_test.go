@@ -25,7 +25,8 @@ type fakeDriver struct {
 	guests map[string]*hypervisor.Info
 	told   []string // what was done, in order
 	// held, if set, has a migration wait in its first question until its end.
-	held chan struct{}
+	held    chan struct{}
+	movable bool // says Examine
 	// seen, if set, is what watchers see.
 	seen chan hypervisor.Info
 }
@@ -147,6 +148,14 @@ func (d *fakeDriver) Prepare(context.Context, migrate.Offer) (migrate.Shell, err
 	return nil, &migrate.Refusal{Reasons: []string{"this host is a fake"}}
 }
 
+func (d *fakeDriver) Examine(_ context.Context, o migrate.Offer) (hypervisor.Checks, error) {
+	d.did("examine %s of %s with %q", o.Guest, o.Source, o.Definition)
+	var c hypervisor.Checks
+	c.Pass("memory", "enough")
+	c.Warn("bridge br0", "it is\x1b[2J down", "set it up")
+	return c, nil
+}
+
 func (d *fakeDriver) Source(name string) (hypervisor.Source, error) {
 	if _, err := d.Get(name); err != nil {
 		return nil, err
@@ -182,6 +191,19 @@ func (g *fakeGuest) Movable(ctx context.Context) error {
 	}
 	return &migrate.Refusal{Reasons: []string{"it has a device that cannot move"}}
 }
+
+func (g *fakeGuest) Examine(context.Context) (*hypervisor.Examination, error) {
+	var e hypervisor.Examination
+	e.Any.Pass("state", "running")
+	if g.d.movable {
+		e.Direct.Pass("devices", "none in the way")
+	} else {
+		e.Direct.Fail("device", "it has a device that cannot move", "detach it")
+	}
+	return &e, nil
+}
+
+func (g *fakeGuest) Definition(context.Context) ([]byte, error) { return []byte("of " + g.name), nil }
 
 func (g *fakeGuest) Process() migrate.Process { return migrate.Process{PID: -1, PIDFD: -1} }
 

@@ -87,20 +87,28 @@ func refusedError(guest, format string, args ...any) error {
 		Result: string(migrate.Refused), Reasons: []string{cause}}
 }
 
-// start begins to move a guest.
-func (m *moves) start(guest, destination string, opts migrate.Options) (*move, error) {
+// admit says why a guest cannot be moved to a host, whatever its hypervisor says.
+func (m *moves) admit(guest, destination string) error {
 	if destination == m.a.cfg.Name {
-		return nil, refusedError(guest, "it is on host %s already", destination)
+		return refusedError(guest, "it is on host %s already", destination)
 	}
 	if _, err := m.a.peers.address(destination); err != nil {
-		return nil, refusedError(guest, "%v", err)
+		return refusedError(guest, "%v", err)
 	}
 	if _, err := m.a.driver.Get(guest); err != nil {
-		return nil, err
+		return err
 	}
 	m.a.know(m.a.life, guest)
 	if err := m.a.ledger.Owns(guest); err != nil {
-		return nil, refusedError(guest, "%v", err)
+		return refusedError(guest, "%v", err)
+	}
+	return nil
+}
+
+// start begins to move a guest.
+func (m *moves) start(guest, destination string, opts migrate.Options) (*move, error) {
+	if err := m.admit(guest, destination); err != nil {
+		return nil, err
 	}
 	ctx, cancel := context.WithCancelCause(m.a.life)
 	mv, err := m.register(guest, destination, cancel)
@@ -123,6 +131,31 @@ func (m *moves) start(guest, destination string, opts migrate.Options) (*move, e
 	return mv, nil
 }
 
+// room says why no migration of a guest can begin now.
+func (m *moves) room(guest string) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.roomFor(guest)
+}
+
+// roomFor is room with the mu held.
+func (m *moves) roomFor(guest string) error {
+	active := 0
+	for _, mv := range m.all {
+		if mv.report != nil {
+			continue
+		}
+		active++
+		if mv.guest == guest {
+			return refusedError(guest, "it is being migrated to host %s already, by %s", mv.destination, mv.id)
+		}
+	}
+	if active >= m.a.cfg.Limits.Migrations {
+		return refusedError(guest, "%d migrations are under way, as many as limits.migrations allows", active)
+	}
+	return nil
+}
+
 // register takes the guest's place among the migrations.
 func (m *moves) register(guest, destination string, cancel context.CancelCauseFunc) (*move, error) {
 	m.mu.Lock()
@@ -131,18 +164,8 @@ func (m *moves) register(guest, destination string, cancel context.CancelCauseFu
 		return nil, &api.Error{Code: codes.Unavailable, Operation: "migrate guest", Object: guest,
 			Cause: "the agent is stopping", Result: string(migrate.Refused)}
 	}
-	active := 0
-	for _, mv := range m.all {
-		if mv.report != nil {
-			continue
-		}
-		active++
-		if mv.guest == guest {
-			return nil, refusedError(guest, "it is being migrated to host %s already, by %s", mv.destination, mv.id)
-		}
-	}
-	if active >= m.a.cfg.Limits.Migrations {
-		return nil, refusedError(guest, "%d migrations are under way, as many as limits.migrations allows", active)
+	if err := m.roomFor(guest); err != nil {
+		return nil, err
 	}
 	mv := &move{id: uuid.NewString(), guest: guest, destination: destination, started: time.Now(),
 		changed: make(chan struct{}), over: make(chan struct{}), progress: migrate.Progress{State: migrate.SourcePreparing}, cancel: cancel}

@@ -19,6 +19,10 @@ type Driver interface {
 	// its migrations. It is called once, before anything else.
 	Adopt(ctx context.Context) error
 	Close() error
+	// Examine compares this host with what an offered guest needs, as Prepare
+	// does, and leaves nothing. The offer needs no Blocks. An error says that it
+	// could not be found out.
+	Examine(ctx context.Context, offer migrate.Offer) (Checks, error)
 	// Define makes a guest of a definition in the driver's own language.
 	Define(text []byte) (Info, error)
 	// Definition is the text from which Define would make the guest again.
@@ -55,6 +59,9 @@ type Driver interface {
 // Source is a guest held for one migration, until Close gives it back.
 type Source interface {
 	migrate.Guest
+	// Examine says what speaks for and against the guest's leaving, as Movable
+	// does. An error says that it could not be found out.
+	Examine(ctx context.Context) (*Examination, error)
 	Close() error
 }
 

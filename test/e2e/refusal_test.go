@@ -254,3 +254,44 @@ func (c *cluster) address(host string) string {
 	}
 	return r.Address
 }
+
+// TestDryRun asks whether a guest could move, and sees that what is said comes
+// true and that the question leaves nothing.
+func TestDryRun(t *testing.T) {
+	c := newCluster(t)
+	check := func(g *flatGuest) *lmctlv1.MigrationVerdict {
+		t.Helper()
+		v, err := c.clients["host1"].Migrations.Check(t.Context(), &lmctlv1.StartMigrationRequest{Guest: g.name, Destination: "host2"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		g.goesOn("host1")
+		c.nothingLeft(g, "host1")
+		return v
+	}
+	c.bridgeOn("host1", "br8")
+	g := c.startFlat("asked", "host1", quiet, "- bridge: br8\n")
+	v := check(g)
+	if v.Ok || v.Mode != "direct" {
+		t.Errorf("without the bridge: %v", v)
+	}
+	failed := 0
+	for _, l := range append(v.Source, v.Destination...) {
+		if l.Verdict == lmctlv1.CheckLine_VERDICT_FAIL {
+			failed++
+			if l.Name != "bridge br8" || !strings.Contains(l.Detail, "no bridge br8") {
+				t.Errorf("it fails for %v", l)
+			}
+		}
+	}
+	if failed != 1 || len(v.Source) < 4 || len(v.Destination) < 9 {
+		t.Errorf("%d lines fail of %v", failed, v)
+	}
+	c.refused(g, "host2", "br8")
+	c.bridgeOn("host2", "br8")
+	if v := check(g); !v.Ok {
+		t.Errorf("with all it needs: %v", v)
+	}
+	c.move("asked", "host1", "host2")
+	g.goesOn("host2")
+}

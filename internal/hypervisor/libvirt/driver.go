@@ -26,6 +26,9 @@ type Config struct {
 	// PIDDir is where libvirtd keeps the domains' PID files, /run/libvirt/qemu by
 	// default.
 	PIDDir string
+	// QEMUConf is libvirt's configuration of QEMU, /etc/libvirt/qemu.conf by
+	// default.
+	QEMUConf string
 	// MemoryReserve is how many bytes must stay available on the host when a
 	// domain comes here.
 	MemoryReserve int64
@@ -60,6 +63,7 @@ var _ hypervisor.Driver = (*Driver)(nil)
 func New(cfg Config) (*Driver, error) {
 	setDefault(&cfg.URI, "qemu:///system")
 	setDefault(&cfg.PIDDir, "/run/libvirt/qemu")
+	setDefault(&cfg.QEMUConf, "/etc/libvirt/qemu.conf")
 	if !filepath.IsAbs(cfg.RunDir) {
 		return nil, fmt.Errorf("libvirt: directory %q must be an absolute path", cfg.RunDir)
 	}

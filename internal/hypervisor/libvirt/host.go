@@ -30,12 +30,9 @@ func refusal(format string, args ...any) *migrate.Refusal {
 }
 
 func (d *Driver) prepare(ctx context.Context, in migrate.Offer) (*Shell, error) {
-	o, x, err := parseOffer(in.Definition)
+	o, x, err := understand(in)
 	if err != nil {
-		return nil, refusal("the guest's description cannot be read: %v", err)
-	}
-	if x.Name != in.Guest || x.UUID != in.UUID {
-		return nil, refusal("the description is of guest %s (%s), the offer of %q (%q)", x.Name, x.UUID, in.Guest, in.UUID)
+		return nil, err
 	}
 	l, err := d.conn.get()
 	if err != nil {
@@ -44,18 +41,30 @@ func (d *Driver) prepare(ctx context.Context, in migrate.Offer) (*Shell, error) 
 	if err := d.makeRoom(ctx, x.Name, x.UUID); err != nil {
 		return nil, fmt.Errorf("prepare guest %s: %w", x.Name, err)
 	}
-	reasons, err := d.examine(ctx, l, o, x)
+	checks, err := d.examine(ctx, l, o, x)
 	if err != nil {
 		return nil, fmt.Errorf("prepare guest %s: %w", x.Name, err)
 	}
-	if len(reasons) > 0 {
-		return nil, &migrate.Refusal{Reasons: reasons}
+	if err := checks.Refusal(); err != nil {
+		return nil, err
 	}
 	s, err := d.buildShell(ctx, l, o, x, in)
 	if err != nil {
 		return nil, fmt.Errorf("prepare guest %s: %w", x.Name, err)
 	}
 	return s, nil
+}
+
+// understand reads an offer. What is wrong with it is a *migrate.Refusal.
+func understand(in migrate.Offer) (*offer, *libvirtxml.Domain, error) {
+	o, x, err := parseOffer(in.Definition)
+	if err != nil {
+		return nil, nil, refusal("the guest's description cannot be read: %v", err)
+	}
+	if x.Name != in.Guest || x.UUID != in.UUID {
+		return nil, nil, refusal("the description is of guest %s (%s), the offer of %q (%q)", x.Name, x.UUID, in.Guest, in.UUID)
+	}
+	return o, x, nil
 }
 
 // roomTimeout is how long an earlier shell of the same guest may take to go:

@@ -19,7 +19,7 @@ import (
 )
 
 // offerVersion is that of the format below.
-const offerVersion = 1
+const offerVersion = 2
 
 // maxOffer bounds what is read from another host, in bytes.
 const maxOffer = 4 << 20
@@ -32,8 +32,11 @@ type offer struct {
 	Cookie     []byte                `json:"cookie"`     // of Begin3
 	Persistent string                `json:"persistent,omitempty"`
 	Autostart  bool                  `json:"autostart,omitempty"`
-	QEMU       uint64                `json:"qemu"`    // version: major × 1000000 + minor × 1000 + micro
-	Libvirt    uint64                `json:"libvirt"` // likewise
+	QEMU       uint64                `json:"qemu"`          // version: major × 1000000 + minor × 1000 + micro
+	Libvirt    uint64                `json:"libvirt"`       // likewise
+	CPU        string                `json:"cpu,omitempty"` // XML of what the source's hypervisor provides
+	Security   []string              `json:"security"`      // the source's security models
+	NVRAM      int64                 `json:"nvram"`         // bytes of the file with the firmware's variables, 0 without one
 	PageSize   int                   `json:"page_size"`
 	Files      []storage.Facts       `json:"files"`
 	Cards      map[string]nics.Facts `json:"cards"` // by MAC, learnt addresses too
@@ -84,7 +87,18 @@ func (s *Guest) offer(ctx context.Context, l *link) (*offer, error) {
 	if err := x.Unmarshal(b.xml); err != nil {
 		return nil, fmt.Errorf("domain XML: %w", err)
 	}
-	o.Files, err = gatherFiles(&x)
+	if o.CPU, err = hypervisorCPU(ctx, l, &x); err != nil {
+		return nil, err
+	}
+	caps, err := capabilities(ctx, l)
+	if err != nil {
+		return nil, err
+	}
+	o.Security = securityModels(caps)
+	if o.NVRAM, err = sizeOfNVRAM(&x); err != nil {
+		return nil, err
+	}
+	o.Files, err = storage.All(gatherFiles(&x))
 	return o, err
 }
 

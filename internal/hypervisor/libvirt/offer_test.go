@@ -32,7 +32,7 @@ func TestParseOffer(t *testing.T) {
 		t.Fatalf("%+v, %v", o, err)
 	}
 	for want, text := range map[string][]byte{
-		"version 2":       validOffer(t, func(m map[string]any) { m["version"] = 2 }),
+		"version 9":       validOffer(t, func(m map[string]any) { m["version"] = 9 }),
 		"unknown field":   validOffer(t, func(m map[string]any) { m["teleport"] = true }),
 		"without libvirt": validOffer(t, func(m map[string]any) { m["hypervisor"] = "qemu" }),
 		"address 224.0.0.1": validOffer(t, func(m map[string]any) {

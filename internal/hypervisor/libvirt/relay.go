@@ -10,33 +10,10 @@ import (
 	lv "github.com/digitalocean/go-libvirt"
 	"libvirt.org/go/libvirtxml"
 
-	"github.com/lmctl/lmctl/internal/hypervisor"
 	"github.com/lmctl/lmctl/migrate"
 )
 
 var _ migrate.RelayGuest = (*Guest)(nil)
-
-// Relayable says what forbids to have QEMU copy this domain's memory.
-func (s *Guest) Relayable(ctx context.Context) error {
-	l, err := s.g.d.conn.get()
-	if err != nil {
-		return fmt.Errorf("look at guest %s: %w", s.g.name, err)
-	}
-	if err := s.g.look(ctx, l); err != nil {
-		return fmt.Errorf("look at guest %s: %w", s.g.name, err)
-	}
-	reasons, err := s.g.anyModeReasons(ctx, l)
-	if err != nil {
-		return fmt.Errorf("look at guest %s: %w", s.g.name, err)
-	}
-	s.g.mu.Lock()
-	x := s.g.facts.xml
-	s.g.mu.Unlock()
-	if reasons = append(reasons, relayReasons(x)...); len(reasons) > 0 {
-		return &migrate.Refusal{Reasons: reasons}
-	}
-	return nil
-}
 
 // relayReasons says what keeps QEMU from copying a domain's memory by itself.
 // What devices have against it QEMU and libvirt say themselves.
@@ -205,14 +182,4 @@ func relayMode(x *libvirtxml.Domain, obstacles string) (mode, why string) {
 		return "", obstacles
 	}
 	return string(migrate.Relay), "QEMU copies its memory itself: " + obstacles
-}
-
-// anyModeReasons says what forbids to move a domain at all.
-func (g *domain) anyModeReasons(ctx context.Context, l *link) ([]string, error) {
-	var reasons []string
-	if i := g.info(); i.State != hypervisor.StateRunning {
-		reasons = append(reasons, fmt.Sprintf("the guest is not running (%s); let it go on first", i.Runstate))
-	}
-	more, err := g.libvirtReasons(ctx, l)
-	return append(reasons, more...), err
 }

@@ -18,13 +18,9 @@ func userOf(ctx context.Context, l *link, x *libvirtxml.Domain) (uid, gid int, e
 			return parseUser(s.Label)
 		}
 	}
-	text, err := call(ctx, l, func(l *link) (string, error) { return l.ConnectGetCapabilities() })
+	caps, err := capabilities(ctx, l)
 	if err != nil {
 		return 0, 0, err
-	}
-	var caps libvirtxml.Caps
-	if err := caps.Unmarshal(text); err != nil {
-		return 0, 0, fmt.Errorf("libvirt's capabilities: %w", err)
 	}
 	for i := range caps.Host.SecModel {
 		m := &caps.Host.SecModel[i]
@@ -51,4 +47,17 @@ func parseUser(label string) (uid, gid int, err error) {
 		return 0, 0, fmt.Errorf("libvirt's user of QEMU is %q, which is not +UID:+GID", label)
 	}
 	return uid, gid, nil
+}
+
+// capabilities are what libvirt says of its host.
+func capabilities(ctx context.Context, l *link) (*libvirtxml.Caps, error) {
+	text, err := call(ctx, l, func(l *link) (string, error) { return l.ConnectGetCapabilities() })
+	if err != nil {
+		return nil, err
+	}
+	var caps libvirtxml.Caps
+	if err := caps.Unmarshal(text); err != nil {
+		return nil, fmt.Errorf("libvirt's capabilities: %w", err)
+	}
+	return &caps, nil
 }

@@ -58,7 +58,7 @@ func (v *vm) bundle(ctx context.Context, mon *monitor) (*bundle, error) {
 	if err != nil {
 		return nil, err
 	}
-	facts, err := gatherFiles(v.def)
+	facts, err := storage.All(gatherFiles(v.def))
 	if err != nil {
 		return nil, err
 	}

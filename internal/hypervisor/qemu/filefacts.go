@@ -1,7 +1,6 @@
 package qemu
 
 import (
-	"errors"
 	"os"
 
 	"github.com/lmctl/lmctl/internal/hypervisor/storage"
@@ -10,23 +9,16 @@ import (
 // pageSize of this host in bytes.
 var pageSize = os.Getpagesize()
 
-// gatherFiles looks at every file of a guest, in a fixed order. Its error
-// joins one for each file that cannot be used.
-func gatherFiles(def *Definition) ([]storage.Facts, error) {
-	var facts []storage.Facts
-	var errs []error
+// gatherFiles looks at every file of a guest, in a fixed order.
+func gatherFiles(def *Definition) []storage.Seen {
+	var seen []storage.Seen
 	for _, path := range []string{def.Firmware, def.Kernel, def.Initrd} {
-		if path == "" {
-			continue
+		if path != "" {
+			seen = append(seen, storage.Content(path))
 		}
-		f, err := storage.OfContent(path)
-		errs = append(errs, err)
-		facts = append(facts, f)
 	}
 	for i := range def.Disks {
-		f, err := storage.OfDisk(def.Disks[i].Path, def.Disks[i].Format)
-		errs = append(errs, err)
-		facts = append(facts, f)
+		seen = append(seen, storage.Disk(def.Disks[i].Path, def.Disks[i].Format))
 	}
-	return facts, errors.Join(errs...)
+	return seen
 }

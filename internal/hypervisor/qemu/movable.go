@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"strings"
 
+	"github.com/lmctl/lmctl/internal/hypervisor"
 	"github.com/lmctl/lmctl/migrate"
 )
 
@@ -26,36 +27,49 @@ var unmovable = []struct{ prefix, why string }{
 
 // Movable says what forbids to move this guest.
 func (g *Guest) Movable(ctx context.Context) error {
-	var reasons []string
+	e, err := g.Examine(ctx)
+	if err != nil {
+		return err
+	}
+	return e.For(migrate.Direct).Refusal()
+}
+
+// Examine says what speaks for and against moving this guest.
+func (g *Guest) Examine(ctx context.Context) (*hypervisor.Examination, error) {
+	var e hypervisor.Examination
 	runstate, err := g.v.queryStatus(ctx, g.inst)
 	if err != nil {
-		return fmt.Errorf("look at guest %s: %w", g.Name(), err)
+		return nil, fmt.Errorf("look at guest %s: %w", g.Name(), err)
 	}
-	if runstate != "running" {
-		reasons = append(reasons, fmt.Sprintf("the guest is not running (QEMU says %s); let it go on first", runstate))
+	if runstate == "running" {
+		e.Any.Pass("state", "%s", runstate)
+	} else {
+		e.Any.Fail("state", fmt.Sprintf("the guest is not running (QEMU says %s)", runstate), "let it go on first")
 	}
+	if err := g.examineDevices(ctx, &e.Direct); err != nil {
+		return nil, err
+	}
+	if err := g.examineMemory(ctx, &e.Direct); err != nil {
+		return nil, err
+	}
+	return &e, g.examineBlockers(ctx, &e.Any)
+}
+
+// examineDevices looks for devices that keep the guest from being moved.
+func (g *Guest) examineDevices(ctx context.Context, c *hypervisor.Checks) error {
 	devices, err := g.devices(ctx)
 	if err != nil {
 		return err
 	}
+	found := len(*c)
 	for _, d := range devices {
 		if why := whyUnmovable(d.kind); why != "" {
-			reasons = append(reasons, fmt.Sprintf("the device %s (%s) cannot be moved: %s; unplug it first", d.name, d.kind, why))
+			c.Fail("device "+d.name, fmt.Sprintf("the device %s (%s) cannot be moved: %s", d.name, d.kind, why), "unplug it first")
 		}
 	}
-	backends, err := g.foreignMemory(ctx)
-	if err != nil {
-		return err
-	}
-	reasons = append(reasons, backends...)
-	reasons = append(reasons, argumentReasons(g.v.def.ExtraArguments)...)
-	blockers, err := g.blockers(ctx)
-	if err != nil {
-		return err
-	}
-	reasons = append(reasons, blockers...)
-	if len(reasons) > 0 {
-		return &migrate.Refusal{Reasons: reasons}
+	examineArguments(g.v.def.ExtraArguments, c)
+	if len(*c) == found {
+		c.Pass("devices", "%d, none that could not be moved", len(devices))
 	}
 	return nil
 }
@@ -124,47 +138,50 @@ func whyUnmovable(kind string) string {
 	return ""
 }
 
-// foreignMemory names the memory that is not in the guest's memory file.
-func (g *Guest) foreignMemory(ctx context.Context) ([]string, error) {
+// examineMemory looks for memory that is not in the guest's memory file.
+func (g *Guest) examineMemory(ctx context.Context, c *hypervisor.Checks) error {
 	list, err := g.list(ctx, "/objects")
 	if err != nil {
-		return nil, err
+		return err
 	}
-	var reasons []string
+	found := len(*c)
 	for _, p := range list {
 		if kind := p.child(); strings.HasPrefix(kind, "memory-backend-") && p.Name != memoryBackend {
-			reasons = append(reasons, fmt.Sprintf("the memory %s (%s) is not in the guest's memory file; take it out of extra-arguments", p.Name, kind))
+			c.Fail("memory "+p.Name, fmt.Sprintf("the memory %s (%s) is not in the guest's memory file", p.Name, kind), "take it out of extra-arguments")
 		}
 	}
-	return reasons, nil
+	if len(*c) == found {
+		c.Pass("memory backing", "%s in one shared file", g.v.def.Memory)
+	}
+	return nil
 }
 
-// argumentReasons looks for what can only be seen on the command line: a
+// examineArguments looks for what can only be seen on the command line: a
 // network back end is no object in QEMU.
-func argumentReasons(args []string) []string {
-	var reasons []string
+func examineArguments(args []string, c *hypervisor.Checks) {
 	for i, a := range args {
 		if i == 0 || strings.TrimLeft(args[i-1], "-") != "netdev" {
 			continue
 		}
 		for _, kind := range []string{"vhost-user", "vhost-vdpa"} {
 			if strings.HasPrefix(a, kind+",") || strings.Contains(a, `"`+kind+`"`) {
-				reasons = append(reasons, fmt.Sprintf("the network back end %s cannot be moved: %s; take it out of extra-arguments", a, whyUnmovable(kind+"-")))
+				c.Fail("network back end "+a, fmt.Sprintf("the network back end %s cannot be moved: %s", a, whyUnmovable(kind+"-")), "take it out of extra-arguments")
 			}
 		}
 	}
-	return reasons
 }
 
-// blockers are QEMU's own reasons.
-func (g *Guest) blockers(ctx context.Context) ([]string, error) {
+// examineBlockers asks for QEMU's own reasons.
+func (g *Guest) examineBlockers(ctx context.Context, c *hypervisor.Checks) error {
 	status, err := g.queryMigrate(ctx)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	reasons := make([]string, len(status.Blocked))
-	for i, b := range status.Blocked {
-		reasons[i] = "QEMU cannot migrate this guest: " + b
+	for _, b := range status.Blocked {
+		c.Fail("QEMU", "QEMU cannot migrate this guest: "+b, "")
 	}
-	return reasons, nil
+	if len(status.Blocked) == 0 {
+		c.Pass("QEMU", "version %s, which has nothing against it", g.v.monitor(g.inst).version)
+	}
+	return nil
 }

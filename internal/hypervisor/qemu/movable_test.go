@@ -5,6 +5,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/lmctl/lmctl/internal/hypervisor"
 	"github.com/lmctl/lmctl/migrate"
 )
 
@@ -61,8 +62,9 @@ func TestWhyUnmovable(t *testing.T) {
 			t.Errorf("%s is forbidden: %v", kind, got)
 		}
 	}
-	reasons := argumentReasons([]string{"-netdev", "vhost-vdpa,vhostdev=/dev/vhost-vdpa-0,id=n", "--netdev", `{"type":"vhost-user","id":"m","chardev":"c"}`, "-device", "x"})
-	if len(reasons) != 2 {
-		t.Errorf("reasons: %q", reasons)
+	var c hypervisor.Checks
+	examineArguments([]string{"-netdev", "vhost-vdpa,vhostdev=/dev/vhost-vdpa-0,id=n", "--netdev", `{"type":"vhost-user","id":"m","chardev":"c"}`, "-device", "x"}, &c)
+	if len(c) != 2 || c.OK() {
+		t.Errorf("checks: %+v", c)
 	}
 }

@@ -36,7 +36,8 @@ const maxContent = 4 << 30
 
 // OfContent looks at a file that both hosts have a copy of: a kernel, a firmware.
 func OfContent(path string) (Facts, error) {
-	f, err := os.Open(path)
+	// O_NONBLOCK: a FIFO must not hold us up.
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return Facts{}, err
 	}
@@ -115,53 +116,4 @@ func blockIdentity(major, minor uint32) string {
 		}
 	}
 	return ""
-}
-
-// Compare says what is different here from what the source sees.
-func (here Facts) Compare(there Facts) []string {
-	var reasons []string
-	say := func(format string, args ...any) {
-		reasons = append(reasons, here.Path+": "+fmt.Sprintf(format, args...))
-	}
-	if !here.Shared {
-		if here.Size != there.Size || here.Hash != there.Hash {
-			say("its content is not the source's; copy the file from there")
-		}
-		return reasons
-	}
-	switch {
-	case here.Block != there.Block:
-		say("it is %s here and %s at the source; both must see the same disk", kindOfFile(here), kindOfFile(there))
-	case here.Size != there.Size:
-		say("it has %d bytes here and %d at the source; both must see the same disk", here.Size, there.Size)
-	case here.Inode != there.Inode:
-		say("it is another file here (inode %d) than at the source (inode %d); both must see the same disk, on shared storage", here.Inode, there.Inode)
-	case here.Identity != "" && there.Identity != "" && here.Identity != there.Identity:
-		say("it is another device here (%s) than at the source (%s); both must see the same disk", here.Identity, there.Identity)
-	}
-	return reasons
-}
-
-// kindOfFile says what a file is.
-func kindOfFile(f Facts) string {
-	if f.Block {
-		return "a block device"
-	}
-	return "a file"
-}
-
-// Reasons takes the joined errors of looking at files on this host apart.
-func Reasons(err error) []string {
-	list := []error{err}
-	if joined, ok := err.(interface{ Unwrap() []error }); ok {
-		list = joined.Unwrap()
-	}
-	reasons := make([]string, len(list))
-	for i, err := range list {
-		reasons[i] = err.Error()
-		if errors.Is(err, os.ErrNotExist) {
-			reasons[i] += " on this host; make it reachable under this path"
-		}
-	}
-	return reasons
 }
