@@ -90,7 +90,7 @@ lint:
 
 unit:
 	$(REPORT) run -log $(TEST_LOG) -- -race $(if $(CI),-count=1) -timeout $(UNIT_TIMEOUT) $(AS_ROOT) \
-		$$(go list ./... | grep -v -e '/test/e2e' -e '/test/libvirt' -e '/test/package')
+		$$(go list ./... | grep -v -e '/test/e2e' -e /test/libvirt -e /test/conformance -e /test/package)
 
 e2e: init
 	@if [ -d test/e2e ]; then set -x; \
@@ -98,7 +98,7 @@ e2e: init
 	fi
 
 libvirt:
-	$(REPORT) run -log $(TEST_LOG) -- -count=1 -timeout $(LIBVIRT_TIMEOUT) $(AS_ROOT) ./test/libvirt
+	$(REPORT) run -log $(TEST_LOG) -- -p 1 -count=1 -timeout $(LIBVIRT_TIMEOUT) $(AS_ROOT) ./test/libvirt ./test/conformance
 
 fuzz-seeds:
 	go test -run '^Fuzz' ./...

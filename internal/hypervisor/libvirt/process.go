@@ -23,6 +23,7 @@ type process struct {
 	pidfd int
 	uid   int // the user that QEMU runs as
 	gid   int
+	start uint64        // when it began, by sys.ProcStat
 	ended chan struct{} // closed when it has ended
 	stop  context.CancelFunc
 	over  chan struct{} // closed when nobody watches any more
@@ -70,6 +71,10 @@ func identify(pid, pidfd int, uuid string) (*process, error) {
 	if at < 0 || at+1 >= len(args) || args[at+1] != uuid {
 		return nil, errNoProcess
 	}
+	start, _, err := sys.ProcStat(pid)
+	if err != nil {
+		return nil, err
+	}
 	var st unix.Stat_t
 	if err := unix.Stat(fmt.Sprintf("/proc/%d", pid), &st); err != nil {
 		return nil, err
@@ -78,7 +83,7 @@ func identify(pid, pidfd int, uuid string) (*process, error) {
 		return nil, errors.Join(errNoProcess, err)
 	}
 	ctx, stop := context.WithCancel(context.Background())
-	p := &process{pid: pid, pidfd: pidfd, uid: int(st.Uid), gid: int(st.Gid), ended: make(chan struct{}), stop: stop, over: make(chan struct{})}
+	p := &process{pid: pid, pidfd: pidfd, uid: int(st.Uid), gid: int(st.Gid), start: start, ended: make(chan struct{}), stop: stop, over: make(chan struct{})}
 	go p.watch(ctx)
 	return p, nil
 }
@@ -89,7 +94,7 @@ func (p *process) watch(ctx context.Context) {
 	if err := sys.WaitPidfd(ctx, p.pidfd); err != nil {
 		return // close was called
 	}
-	if ws, err := sys.ExitInfo(p.pidfd); err == nil {
+	if ws, err := sys.EndOf(p.pid, p.pidfd, p.start); err == nil {
 		p.exit = &ws
 	}
 	close(p.ended)

@@ -158,19 +158,6 @@ func TestParseMachines(t *testing.T) {
 	}
 }
 
-func TestParseStat(t *testing.T) {
-	stat := "42 (a) b (c) ) Z 1 42 42 0 -1 4194304 0 0 0 0 0 0 0 0 20 0 1 0 12345 0 0 18446744073709551615 0 0 0 0 0 0 0 0 0 0 0 0 17 0 0 0 0 0 0 0 0 0 0 0 0 0 9"
-	start, code, err := parseStat(stat)
-	if err != nil || start != 12345 || code != 9 {
-		t.Errorf("start %d, code %d, %v", start, code, err)
-	}
-	for _, bad := range []string{"", "1 (a", "1 (a) R 1 2"} {
-		if _, _, err := parseStat(bad); err == nil {
-			t.Errorf("parseStat(%q) succeeded", bad)
-		}
-	}
-}
-
 func TestTapName(t *testing.T) {
 	a, b := tapName("01234567-89ab-cdef-0123-456789abcdef", 0), tapName("01234567-89ab-cdef-0123-456789abcdef", 1)
 	if a == b || len(a) > 15 || a != tapName("01234567-89ab-cdef-0123-456789abcdef", 0) {

@@ -6,8 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"strconv"
-	"strings"
 	"syscall"
 	"time"
 
@@ -76,7 +74,7 @@ func spawn(path string, argv []string, files []*os.File) (*process, error) {
 			return nil, fmt.Errorf("pidfd_open %d: %w", pid, err)
 		}
 	}
-	start, _, err := readStat(pid)
+	start, _, err := sys.ProcStat(pid)
 	if err != nil {
 		return nil, errors.Join(err, unix.PidfdSendSignal(pidfd, unix.SIGKILL, nil, 0), unix.Close(pidfd))
 	}
@@ -106,7 +104,7 @@ func findProcess(id processID) (*process, error) {
 	}
 	// The descriptor is open first: what stat says now is true of its process,
 	// or the process has ended.
-	start, _, err := readStat(id.PID)
+	start, _, err := sys.ProcStat(id.PID)
 	switch {
 	case err == nil && start == id.Start:
 		return watchProcess(id, pidfd)
@@ -157,7 +155,7 @@ func exitOf(id processID, pidfd int) exit {
 	if e := exitOfPidfd(pidfd); e.known {
 		return e
 	}
-	start, code, err := readStat(id.PID)
+	start, code, err := sys.ProcStat(id.PID)
 	if err != nil || start != id.Start {
 		return exitOfPidfd(pidfd)
 	}
@@ -165,7 +163,7 @@ func exitOf(id processID, pidfd int) exit {
 	if pid, err := unix.Wait4(id.PID, &ws, unix.WNOHANG, nil); err == nil && pid == id.PID {
 		return exitOfStatus(ws)
 	}
-	return exitOfStatus(unix.WaitStatus(code))
+	return exitOfStatus(code)
 }
 
 func exitOfPidfd(pidfd int) exit {
@@ -245,38 +243,4 @@ func bootID() (string, error) {
 		return "", fmt.Errorf("read the boot id: %w", err)
 	}
 	return string(bytes.TrimSpace(b)), nil
-}
-
-// readStat reads a process's start time in clock ticks and, of a zombie, its
-// wait status from /proc/PID/stat.
-func readStat(pid int) (start uint64, status uint32, err error) {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
-		return 0, 0, err
-	}
-	return parseStat(string(b))
-}
-
-func parseStat(text string) (start uint64, status uint32, err error) {
-	// The second field, the command's name in brackets, may hold anything.
-	_, rest, found := cutLast(text, ") ")
-	fields := strings.Fields(rest)
-	if !found || len(fields) < 50 {
-		return 0, 0, fmt.Errorf("/proc/PID/stat has %d fields after the name, not 50", len(fields))
-	}
-	if start, err = strconv.ParseUint(fields[19], 10, 64); err != nil {
-		return 0, 0, fmt.Errorf("/proc/PID/stat: start time: %w", err)
-	}
-	code, err := strconv.ParseUint(fields[49], 10, 32)
-	if err != nil {
-		return 0, 0, fmt.Errorf("/proc/PID/stat: exit code: %w", err)
-	}
-	return start, uint32(code), nil
-}
-
-func cutLast(s, sep string) (before, after string, found bool) {
-	if i := strings.LastIndex(s, sep); i >= 0 {
-		return s[:i], s[i+len(sep):], true
-	}
-	return s, "", false
 }
