@@ -268,7 +268,10 @@ func (g *domain) makeOrdinary(ctx context.Context, r shellRecord) error {
 
 // Announce tells the network where the guest is now.
 func (s *Shell) Announce(ctx context.Context) (int, error) {
-	cards := s.g.cards()
+	cards, err := s.g.cardsHere(ctx)
+	if err != nil {
+		return 0, fmt.Errorf("announce guest %s: %w", s.g.name, err)
+	}
 	if len(cards) == 0 {
 		return 0, nil
 	}

@@ -1,0 +1,137 @@
+package libvirt
+
+import (
+	"context"
+	"fmt"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/lmctl/lmctl/internal/lab"
+	"github.com/lmctl/lmctl/internal/lab/domain"
+	"github.com/lmctl/lmctl/internal/testenv"
+	"github.com/lmctl/lmctl/migrate"
+)
+
+// olderAndNewer makes a lab of its own: host1 has the machine's own libvirt and
+// QEMU, host2 and host3 have libvirt 11 and QEMU 10.
+func olderAndNewer(t *testing.T) *cluster {
+	t.Helper()
+	needs(t)
+	newer, err := lab.Unpacked(testenv.NeedLibvirt11(t)...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	o := options("versions", lab.Options{Hosts: 3, MemoryLimit: 1 << 30})
+	o.Libvirt.Installations = map[string]lab.Installation{"host2": newer, "host3": newer}
+	l, err := lab.Up(t.Context(), o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), patience)
+		defer cancel()
+		if err := lab.Down(ctx, l.Dir()); err != nil {
+			t.Error(err)
+		}
+	})
+	return clusterOf(t, l)
+}
+
+// versions are what runs on a host, in virsh's words.
+type versions struct{ libvirt, qemu string }
+
+func (v versions) String() string { return fmt.Sprintf("libvirt %s, QEMU %s", v.libvirt, v.qemu) }
+
+// atLeast says whether a version is that number or a later one.
+func atLeast(version string, major int) bool {
+	first, _, _ := strings.Cut(version, ".")
+	n, err := strconv.Atoi(first)
+	return err == nil && n >= major
+}
+
+func (c *cluster) versions(host string) versions {
+	c.t.Helper()
+	said := c.virsh(host, "version", "--daemon")
+	v := versions{field(said, "Running against daemon"), strings.TrimPrefix(field(said, "Running hypervisor"), "QEMU ")}
+	if v.libvirt == "" || v.qemu == "" {
+		c.t.Fatalf("virsh version on %s:\n%s", host, said)
+	}
+	return v
+}
+
+// Domains move between hosts with libvirt 11 and QEMU 10, and to them from hosts
+// with older ones, but not from a newer QEMU to an older.
+func TestVersions(t *testing.T) {
+	c := olderAndNewer(t)
+	for _, host := range []string{"host2", "host3"} {
+		if v := c.versions(host); !atLeast(v.libvirt, 11) || !atLeast(v.qemu, 10) {
+			t.Fatalf("%s has %s", host, v)
+		}
+	}
+	var moved table
+	t.Run("guests", func(t *testing.T) { // ends when all of them have
+		for _, shape := range newerShapes {
+			t.Run("both new/"+shape.Name, func(t *testing.T) {
+				t.Parallel()
+				s := c.shape(t, shape, "host2", &moved)
+				defer s.remove(s.guest)
+				before := s.settings("host2")
+				s.leg("host2", "host3", before)
+				s.leg("host3", "host2", before)
+			})
+		}
+		t.Run("older to newer", func(t *testing.T) {
+			t.Parallel()
+			c.upgrade(t, &moved)
+		})
+	})
+	t.Logf("moved; host1 has %s, host2 and host3 %s:\n%s", c.versions("host1"), c.versions("host2"), &moved)
+}
+
+var newerShapes = []domain.Case{
+	{Name: "new-pc", Memory: 128 << 20, VCPUs: 1},
+}
+
+// shape starts a guest of a shape on a host.
+func (c *cluster) shape(t *testing.T, shape domain.Case, host string, into *table) *shapeCase {
+	s := &shapeCase{cluster: c.in(t), shape: shape, table: into}
+	spec := specOf(shape, 0)
+	spec.Name, spec.Host = shape.Name, host
+	s.guest = s.start(spec)
+	return s
+}
+
+// upgrade moves a guest of an older machine from an older QEMU to a newer, where
+// it runs on as what it is, and tries to move it back.
+func (c *cluster) upgrade(t *testing.T, into *table) {
+	older, newer := c.versions("host1"), c.versions("host2")
+	if atLeast(older.qemu, 10) {
+		testenv.Lacks(t, "a QEMU older than 10", fmt.Errorf("the machine has %s", older))
+	}
+	const machine = "pc-i440fx-7.2"
+	s := c.shape(t, domain.Case{Name: "older-pc", Memory: 128 << 20, VCPUs: 1, Shape: domain.Shape{Machine: machine}}, "host1", into)
+	defer s.remove(s.guest)
+	// What parameters there are, and with which values, changes with QEMU.
+	s.leg("host1", "host2", settings{capabilities: s.settings("host1").capabilities})
+	if xml := s.virsh("host2", "dumpxml", s.guest.Name); !strings.Contains(xml, "machine='"+machine+"'") {
+		t.Errorf("on host2 it is no %s any more:\n%s", machine, xml)
+	}
+
+	why := fmt.Sprintf("QEMU %s here is older than the source's %s; upgrade it", older.qemu, newer.qemu)
+	r, err := s.try(s.guest.Name, "host2", "host1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r.Result != migrate.Refused || !strings.Contains(r.Error, why) {
+		t.Errorf("from the newer to the older: %s: %s; wanted a refusal with %q", r.Result, r.Error, why)
+	}
+	into.add(s.shape.Name, "host2 to host1", fmt.Sprintf("%s: %s", r.Result, r.Error))
+	s.healthy(s.guest, "host2")
+	s.nothingLeft(s.guest, "host2")
+	if known := s.virsh("host1", "list", "--all", "--name"); known != "" {
+		t.Errorf("host1 knows %q", known)
+	}
+	s.ordinary("host2")
+	s.leg("host2", "host3", s.settings("host2"))
+}
