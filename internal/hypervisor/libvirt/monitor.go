@@ -63,19 +63,26 @@ func (g *domain) setIgnoreShared(ctx context.Context, l *link, on bool) error {
 	}, nil)
 }
 
-// ignoresShared says whether it is on.
-func (g *domain) ignoresShared(ctx context.Context, l *link) (bool, error) {
+// switchoverAck is the capability that has QEMU wait for the destination's word
+// before it stops the guest.
+const switchoverAck = "switchover-ack"
+
+// capabilities are those for migrations that QEMU has, ignoreShared among them,
+// and whether they are on.
+func (g *domain) capabilities(ctx context.Context, l *link) (map[string]bool, error) {
 	var all []struct {
 		Capability string `json:"capability"`
 		State      bool   `json:"state"`
 	}
 	if err := g.monitor(ctx, l, "query-migrate-capabilities", nil, &all); err != nil {
-		return false, err
+		return nil, err
 	}
+	on := make(map[string]bool, len(all))
 	for _, c := range all {
-		if c.Capability == ignoreShared {
-			return c.State, nil
-		}
+		on[c.Capability] = c.State
 	}
-	return false, fmt.Errorf("this QEMU has no migration capability %s", ignoreShared)
+	if _, has := on[ignoreShared]; !has {
+		return nil, fmt.Errorf("this QEMU has no migration capability %s", ignoreShared)
+	}
+	return on, nil
 }
