@@ -18,6 +18,8 @@
 #   package       builds, installs and purges the package in a Debian root
 #   proto         generate the API's Go code (needs protobuf-compiler)
 #   install-deps  install what building and testing take
+#   qemu10        a QEMU 10, unpacked into the cache, for the tests
+#   libvirt11     a libvirt 11, likewise
 #   clean
 
 SHELL := /bin/bash

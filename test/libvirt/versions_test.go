@@ -3,6 +3,7 @@ package libvirt
 import (
 	"context"
 	"fmt"
+	"os/exec"
 	"strconv"
 	"strings"
 	"testing"
@@ -81,6 +82,10 @@ func TestVersions(t *testing.T) {
 				s.leg("host3", "host2", before)
 			})
 		}
+		t.Run("by virsh", func(t *testing.T) {
+			t.Parallel()
+			c.arrivalSeen(t)
+		})
 		t.Run("older to newer", func(t *testing.T) {
 			t.Parallel()
 			c.upgrade(t, &moved)
@@ -89,8 +94,13 @@ func TestVersions(t *testing.T) {
 	t.Logf("moved; host1 has %s, host2 and host3 %s:\n%s", c.versions("host1"), c.versions("host2"), &moved)
 }
 
+// newerShapes are moved between hosts with the newer libvirt and QEMU: one with
+// next to nothing, and one with each device and two CPUs.
 var newerShapes = []domain.Case{
 	{Name: "new-pc", Memory: 128 << 20, VCPUs: 1},
+	{Name: "new-q35-memfd", Memory: 128 << 20, VCPUs: 2, Shape: domain.Shape{
+		Machine: "q35", Backing: domain.Memfd, Balloon: true, RNG: true, Watchdog: true, Channel: true, VGA: true,
+	}},
 }
 
 // shape starts a guest of a shape on a host.
@@ -134,4 +144,45 @@ func (c *cluster) upgrade(t *testing.T, into *table) {
 	}
 	s.ordinary("host2")
 	s.leg("host2", "host3", s.settings("host2"))
+}
+
+// arrivalSeen has virsh move a guest, slowly, to a host whose libvirt tells
+// nothing of it before it is there: the agent sees it come all the same, and
+// moves it back afterwards.
+func (c *cluster) arrivalSeen(t *testing.T) {
+	sub := c.in(t)
+	spec := flatSpec("by-virsh", domain.Shape{})
+	spec.Host = "host2"
+	g := sub.start(spec)
+	defer sub.remove(g)
+	virsh := exec.CommandContext(t.Context(), "virsh", "migrate", "--live", "--unsafe", "--persistent", "--undefinesource",
+		"--bandwidth", "1", g.Name, "qemu+tcp://host3/system")
+	var said strings.Builder
+	virsh.Stdout, virsh.Stderr = &said, &said
+	if err := sub.lab.Start("host2", virsh); err != nil {
+		t.Fatal(err)
+	}
+	over := make(chan error, 1)
+	go func() { over <- virsh.Wait() }()
+	sub.eventually("the agent sees it come", func() error {
+		info, err := sub.guest("host3", g.Name)
+		if err == nil && (info == nil || info.State != "paused") {
+			err = fmt.Errorf("it is %v", info)
+		}
+		return err
+	})
+	select {
+	case err := <-over:
+		t.Fatalf("virsh's migration was over when it was seen: %v: %s", err, &said)
+	default:
+	}
+	sub.virsh("host2", "migrate-setspeed", g.Name, "8192")
+	if err := <-over; err != nil {
+		t.Fatalf("virsh migrate: %v: %s", err, &said)
+	}
+	sub.known(g, "host3")
+	sub.healthy(g, "host3")
+	sub.move(g, "host3", "host2")
+	sub.healthy(g, "host2")
+	sub.nothingLeft(g, "host2")
 }
