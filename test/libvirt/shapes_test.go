@@ -192,6 +192,11 @@ func (s *shapeCase) ordinary(host string) {
 	if err := s.diskOwner(s.guest); err != nil {
 		s.t.Error(err)
 	}
+	// A QEMU before 10 does not say.
+	nodes := s.virsh(host, "qemu-monitor-command", s.guest.Name, `{"execute": "query-named-block-nodes", "arguments": {"flat": true}}`)
+	if strings.Contains(nodes, `"active":false`) {
+		s.t.Errorf("on %s it runs without its disks: %s", host, nodes)
+	}
 	s.virsh(host, "suspend", s.guest.Name)
 	if state := s.virsh(host, "domstate", s.guest.Name, "--reason"); state != "paused (user)" {
 		s.t.Errorf("suspended, it is %s", state)

@@ -2,12 +2,15 @@ package libvirt
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"os"
 	"os/exec"
 	"strconv"
 	"strings"
 	"testing"
 
+	"github.com/lmctl/lmctl/internal/api/lmctlv1"
 	"github.com/lmctl/lmctl/internal/lab"
 	"github.com/lmctl/lmctl/internal/lab/domain"
 	"github.com/lmctl/lmctl/internal/testenv"
@@ -91,6 +94,7 @@ func TestVersions(t *testing.T) {
 			c.upgrade(t, &moved)
 		})
 	})
+	c.interrupted(t)
 	t.Logf("moved; host1 has %s, host2 and host3 %s:\n%s", c.versions("host1"), c.versions("host2"), &moved)
 }
 
@@ -144,6 +148,36 @@ func (c *cluster) upgrade(t *testing.T, into *table) {
 	}
 	s.ordinary("host2")
 	s.leg("host2", "host3", s.settings("host2"))
+}
+
+// interrupted ends the destination's agent when all is there: libvirt has made the
+// domain one of its own, and yet the source must be able to go on.
+func (c *cluster) interrupted(t *testing.T) {
+	spec := flatSpec("interrupted", domain.Shape{})
+	spec.Host = "host2"
+	g := c.start(spec)
+	defer c.remove(g)
+	file := point{"destination", migrate.DestReady}.file()
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.begin(g.Name, "host2", "host3", &lmctlv1.MigrationOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	c.eventually("the destination is ready", func() error {
+		_, err := os.Stat(file + ".reached")
+		return err
+	})
+	if err := c.lab.KillAgent(c.context(), "host3"); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(os.Remove(file), os.Remove(file+".reached")); err != nil {
+		t.Fatal(err)
+	}
+	c.startDaemon("host3", lab.Agent)
+	c.known(g, "host2")
+	c.healthy(g, "host2")
+	c.nothingLeft(g, "host2")
 }
 
 // arrivalSeen has virsh move a guest, slowly, to a host whose libvirt tells

@@ -127,6 +127,9 @@ func (d *Driver) buildShell(ctx context.Context, l *link, o *offer, x *libvirtxm
 	if err := write(g.files.shell(), s.record); err != nil {
 		return nil, err
 	}
+	if s.activates, err = activates(ctx, l); err != nil {
+		return nil, err
+	}
 	uid, gid, err := userOf(ctx, l, x)
 	if err != nil {
 		return nil, err

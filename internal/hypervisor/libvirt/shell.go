@@ -25,12 +25,13 @@ type Shell struct {
 	definition string // the XML by which libvirt makes it
 
 	// The following are of a shell of our own, not of an earlier agent's.
-	l        *link // the connection on which it was prepared: it ends with that
-	socket   string
-	prepared bool   // libvirt may have something of it
-	cookie   []byte // of Prepare3, for the source's Perform3
-	memory   []migrate.Memory
-	proc     *process
+	l         *link // the connection on which it was prepared: it ends with that
+	socket    string
+	prepared  bool   // libvirt may have something of it
+	activates bool   // libvirt has it take its disks when its state is there
+	cookie    []byte // of Prepare3, for the source's Perform3
+	memory    []migrate.Memory
+	proc      *process
 
 	mu sync.Mutex
 	// finished says that libvirt's migration is over: the domain is an ordinary
@@ -130,6 +131,11 @@ func (s *Shell) loadState(ctx context.Context, r io.Reader, answers io.Writer) e
 	s.mu.Unlock()
 	if err := ctx.Err(); err != nil {
 		return err
+	}
+	if s.activates {
+		if err := s.g.leaveDisks(ctx, s.l); err != nil {
+			return errors.Join(err, copied)
+		}
 	}
 	if copied != nil {
 		// QEMU has all it wants, and has closed its end before ours.

@@ -53,6 +53,9 @@ func (d *Driver) meet(l *link) error {
 		if err := g.look(d.ctx, l); err != nil {
 			d.log.Warn("look at a domain", "guest", dom.Name, "error", err)
 		}
+		if err := g.leaveDisksAgain(d.ctx, l); err != nil {
+			d.log.Warn("have a domain on its way here leave its disks", "guest", dom.Name, "error", err)
+		}
 	}
 	for _, g := range d.all() {
 		if there[g] {
