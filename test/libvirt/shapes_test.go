@@ -165,6 +165,9 @@ func (s *shapeCase) leg(from, to string, before settings) {
 		r = s.relay(s.guest, from, to, &lmctlv1.MigrationOptions{})
 	}
 	s.table.add(s.shape.Name, from+" to "+to, words(r))
+	if s.shape.Linux && r.Announced < 1 {
+		s.t.Error("no address was announced")
+	}
 	s.healthy(s.guest, to)
 	s.nothingLeft(s.guest, to)
 	if known := strings.Fields(s.virsh(from, "list", "--all", "--name")); slices.Contains(known, s.guest.Name) {

@@ -112,7 +112,7 @@ func (s *Shell) loadState(ctx context.Context, r io.Reader, answers io.Writer) e
 	// state is.
 	finished := make(chan error, 1)
 	go func() {
-		finished <- do(ctx, s.l, func(l *link) error { return s.finish(l, false) })
+		finished <- s.take(ctx)
 	}()
 	answered := answerTo(answers, conn)
 	_, copied := io.Copy(conn, r)
@@ -131,11 +131,6 @@ func (s *Shell) loadState(ctx context.Context, r io.Reader, answers io.Writer) e
 	s.mu.Unlock()
 	if err := ctx.Err(); err != nil {
 		return err
-	}
-	if s.activates {
-		if err := s.g.leaveDisks(ctx, s.l); err != nil {
-			return errors.Join(err, copied)
-		}
 	}
 	if copied != nil {
 		// QEMU has all it wants, and has closed its end before ours.
@@ -156,6 +151,17 @@ func answerTo(answers io.Writer, conn net.Conn) *sync.WaitGroup {
 		passing.Go(func() { _, _ = io.Copy(answers, conn) })
 	}
 	return &passing
+}
+
+// take has libvirt take the domain for its own when its state is there: paused,
+// and without its disks. That does not wait for the end of our stream: the source
+// may have broken off just before it, and want to go on.
+func (s *Shell) take(ctx context.Context) error {
+	err := do(ctx, s.l, func(l *link) error { return s.finish(l, false) })
+	if err != nil || !s.activates {
+		return err
+	}
+	return s.g.leaveDisks(ctx, s.l)
 }
 
 // finish ends libvirt's migration here: with the domain paused, or gone.
