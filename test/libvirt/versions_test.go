@@ -99,19 +99,21 @@ func TestVersions(t *testing.T) {
 }
 
 // newerShapes are moved between hosts with the newer libvirt and QEMU: one with
-// next to nothing, one with each device and two CPUs, and one with a disk and a
-// network card in use.
+// next to nothing, one with each device and two CPUs, one whose memory QEMU has to
+// copy, and one with a disk and a network card in use.
 var newerShapes = []domain.Case{
 	{Name: "new-pc", Memory: 128 << 20, VCPUs: 1},
 	{Name: "new-q35-memfd", Memory: 128 << 20, VCPUs: 2, Shape: domain.Shape{
 		Machine: "q35", Backing: domain.Memfd, Balloon: true, RNG: true, Watchdog: true, Channel: true, VGA: true,
 	}},
+	{Name: "new-private", Memory: 64 << 20, VCPUs: 1, Shape: domain.Shape{Backing: domain.Private}},
 	{Name: "new-linux", Linux: true, Memory: 256 << 20, VCPUs: 1, Shape: domain.Shape{Machine: "q35", Format: "qcow2"}},
 }
 
 // shape starts a guest of a shape on a host.
 func (c *cluster) shape(t *testing.T, shape domain.Case, host string, into *table) *shapeCase {
 	s := &shapeCase{cluster: c.in(t), shape: shape, table: into}
+	s.why = s.notDirect()
 	spec := specOf(shape, 0)
 	spec.Name, spec.Host = shape.Name, host
 	s.guest = s.start(spec)
