@@ -18,6 +18,8 @@
 #   package       builds, installs and purges the package in a Debian root
 #   proto         generate the API's Go code (needs protobuf-compiler)
 #   install-deps  install what building and testing take
+#   qemu10        a QEMU 10, unpacked into the cache, for the tests
+#   libvirt11     a libvirt 11, likewise
 #   clean
 
 SHELL := /bin/bash
@@ -25,7 +27,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := build
 .PHONY: build init test lint unit e2e libvirt fuzz fuzz-seeds demo demo-libvirt bench proto \
 	docs install uninstall deb package \
-	install-deps install-run-deps install-libvirt-deps need-root qemu10 clean
+	install-deps install-run-deps install-libvirt-deps need-root qemu10 libvirt11 clean
 
 export PATH := $(PATH):/usr/local/go/bin:/usr/sbin:/sbin
 
@@ -69,7 +71,7 @@ init:
 	CGO_ENABLED=0 go build -trimpath -ldflags '-s -w' -o guest/linux/payload/init ./guest/init
 
 # One part that fails does not keep the others from saying what they know.
-test: install-deps qemu10 init
+test: install-deps qemu10 libvirt11 init
 	@rm -f $(TEST_LOG); failed=; \
 	for part in lint unit e2e libvirt package; do \
 		$(MAKE) --no-print-directory $$part || failed="$$failed $$part"; \
@@ -159,6 +161,9 @@ install-deps:
 
 qemu10:
 	@scripts/fetch-qemu10
+
+libvirt11:
+	@scripts/fetch-libvirt11
 
 clean:
 	rm -rf bin dist guest/linux/payload/init

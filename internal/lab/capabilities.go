@@ -32,7 +32,7 @@ func (l *Lab) capabilitiesStore(host string) (string, error) {
 	}
 	o := l.state.Libvirt
 	in := o.Installations[host]
-	sum := sha256.Sum256(fmt.Appendf(nil, "%q", []any{o.User, o.Group, in.Libvirtd, in.Binds}))
+	sum := sha256.Sum256(fmt.Appendf(nil, "%q", []any{o.User, o.Group, in.Libvirtd, in.Layers, in.Binds}))
 	return filepath.Join(cache, "libvirt-capabilities", hex.EncodeToString(sum[:8])), nil
 }
 

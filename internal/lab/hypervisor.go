@@ -3,7 +3,6 @@ package lab
 import (
 	"fmt"
 	"os/user"
-	"path/filepath"
 	"strings"
 )
 
@@ -35,16 +34,6 @@ type LibvirtOptions struct {
 	LibvirtdConf []string `json:"libvirtd_conf,omitempty"`
 	// Installations are by host; a host without one uses the machine's.
 	Installations map[string]Installation `json:"installations,omitempty"`
-}
-
-// Installation is a libvirt that a host uses instead of the machine's: unpacked
-// somewhere, of another version.
-type Installation struct {
-	Libvirtd string `json:"libvirtd,omitempty"` // path of the daemon, or of a script that runs it
-	Virtlogd string `json:"virtlogd,omitempty"`
-	// Binds are paths that are to be seen on the host, and what is to be seen
-	// there: files over files, folders over folders.
-	Binds map[string]string `json:"binds,omitempty"`
 }
 
 // Hypervisor is what runs the guests of this lab.
@@ -104,10 +93,8 @@ func (s *state) settleHypervisor(dir string) error {
 		if i := hostNumber(host); i < 1 || i > s.Hosts {
 			return fmt.Errorf("lab: an installation of libvirt for %q, which is no host", host)
 		}
-		for at, what := range in.Binds {
-			if !filepath.IsAbs(at) || !filepath.IsAbs(what) {
-				return fmt.Errorf("lab: %s: bind %s to %s: both must be absolute paths", host, what, at)
-			}
+		if err := in.check(host); err != nil {
+			return err
 		}
 	}
 	for _, line := range append(append([]string{}, o.QEMUConf...), o.LibvirtdConf...) {

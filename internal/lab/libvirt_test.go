@@ -247,6 +247,10 @@ func TestLibvirtOptionsRefused(t *testing.T) {
 		{Hypervisor: Libvirt, Libvirt: LibvirtOptions{QEMUConf: []string{"a = 1\nb = 2"}}},
 		{Hypervisor: Libvirt, Libvirt: LibvirtOptions{Installations: map[string]Installation{"host9": {}}}},
 		{Hypervisor: Libvirt, Libvirt: LibvirtOptions{Installations: map[string]Installation{"host1": {Binds: map[string]string{"usr": "/usr"}}}}},
+		{Hypervisor: Libvirt, Libvirt: LibvirtOptions{Installations: map[string]Installation{"host1": {Layers: []string{"usr"}}}}},
+		{Hypervisor: Libvirt, Libvirt: LibvirtOptions{Installations: map[string]Installation{"host1": {Layers: []string{"/usr:/etc"}}}}},
+		{Hypervisor: Libvirt, Libvirt: LibvirtOptions{Installations: map[string]Installation{"host1": {Layers: []string{"/no/such/folder"}}}}},
+		{Hypervisor: Libvirt, Libvirt: LibvirtOptions{Installations: map[string]Installation{"host1": {Layers: []string{"/proc/version"}}}}},
 		{Hypervisor: Libvirt, Dir: "/run/lmctl-lab-that-is-hidden"},
 	} {
 		if o.Dir == "" {

@@ -185,6 +185,9 @@ func (l *Lab) arrangeMounts(host string) error {
 	if err := unix.Mount("lmctl-lab", "/sys", "sysfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""); err != nil {
 		return fmt.Errorf("lab: %s: mount /sys: %w", host, err)
 	}
+	if err := l.state.Libvirt.Installations[host].layOver(); err != nil {
+		return fmt.Errorf("lab: %s: %w", host, err)
+	}
 	// Named network namespaces stay what they are below the new /run.
 	binds := append([]bind{{filepath.Join(l.runRoot(host), "netns"), netnsDir}}, l.binds(host)...)
 	for _, b := range binds {

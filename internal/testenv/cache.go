@@ -63,6 +63,34 @@ func probeQEMU(binary string, major int) error {
 	return nil
 }
 
+// NeedLibvirt11 returns the folders that make a host with libvirt 11 or later and
+// QEMU 10 or later if they are laid over the machine's /usr, the first on top, as
+// scripts/fetch-libvirt11 and scripts/fetch-qemu10 leave them. They are empty, or
+// none, for what the machine has itself.
+func NeedLibvirt11(t testing.TB) (layers []string) {
+	t.Helper()
+	cache, err := cacheDir()
+	if err != nil {
+		Missing(t, "libvirt 11", err)
+	}
+	NeedQEMU10(t)
+	layer := filepath.Join(cache, "libvirt-11", "root", "usr")
+	if _, err := os.Stat(layer); err != nil {
+		Missing(t, "libvirt 11", fmt.Errorf("%w; scripts/fetch-libvirt11 puts it there", err))
+	}
+	layers = append(layers, layer)
+	if qemu := filepath.Join(cache, "qemu-10", "root", "usr"); isDir(qemu) {
+		layers = append(layers, qemu)
+	}
+	t.Attr(AttrRan, RanLibvirt11)
+	return layers
+}
+
+func isDir(path string) bool {
+	info, err := os.Stat(path)
+	return err == nil && info.IsDir()
+}
+
 // NeedDebianRoot returns a root folder with a Debian in it, as
 // scripts/debian-root leaves it. It is not to be changed: mount something over
 // it.

@@ -24,8 +24,9 @@ const (
 
 // Values of AttrRan.
 const (
-	RanKVM     = "kvm"
-	RanTCG     = "tcg"
-	RanTracker = "tracker"
-	RanQEMU10  = "qemu10"
+	RanKVM       = "kvm"
+	RanTCG       = "tcg"
+	RanTracker   = "tracker"
+	RanQEMU10    = "qemu10"
+	RanLibvirt11 = "libvirt11"
 )

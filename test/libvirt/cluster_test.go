@@ -34,10 +34,24 @@ type cluster struct {
 	clients map[string]*api.Client
 }
 
-// newCluster gives a test the lab: two hosts whose agents stop at failpoints,
-// and whose libvirtd's run QEMU as distributions do. Tests that disturb others
-// do not run in parallel.
+// newCluster gives a test the common lab: two hosts whose agents stop at
+// failpoints, and whose libvirtd's run QEMU as distributions do. Tests that
+// disturb others do not run in parallel.
 func newCluster(t *testing.T) *cluster {
+	t.Helper()
+	needs(t)
+	if common == nil {
+		l, err := lab.Up(context.Background(), options("lab", lab.Options{Hosts: 2, MemoryLimit: 10 << 30}))
+		if err != nil {
+			t.Fatal(err)
+		}
+		common = l
+	}
+	return clusterOf(t, common)
+}
+
+// needs is what all labs of these tests need.
+func needs(t *testing.T) {
 	t.Helper()
 	testenv.NeedRoot(t)
 	testenv.NeedKVM(t)
@@ -51,24 +65,25 @@ func newCluster(t *testing.T) *cluster {
 			testenv.Missing(t, "UEFI firmware", err)
 		}
 	}
-	if common == nil {
-		// No dynamic ownership: libvirt does not take the machine's own file system
-		// for one that hosts share, and the host that a guest left, or did not come
-		// to, would take the disk from the QEMU that has it.
-		l, err := lab.Up(context.Background(), lab.Options{
-			Dir: filepath.Join(work.dir, "lab"), Hosts: 2, Binary: work.binary, MemoryLimit: 10 << 30,
-			AgentEnv:   []string{"LMCTL_FAILPOINTS=" + failpoints()},
-			Hypervisor: lab.Libvirt,
-			Libvirt:    lab.LibvirtOptions{User: qemuUser, Virtlogd: true},
-		})
-		if err != nil {
-			t.Fatal(err)
-		}
-		common = l
-	}
-	c := &cluster{t: t, lab: common, clients: make(map[string]*api.Client)}
-	for _, host := range common.Hosts() {
-		client, err := api.Dial(api.Target{Socket: common.AgentSocket(host)})
+}
+
+// options completes those of a lab with what all have here.
+func options(folder string, o lab.Options) lab.Options {
+	o.Dir, o.Binary = filepath.Join(work.dir, folder), work.binary
+	o.AgentEnv = append(o.AgentEnv, "LMCTL_FAILPOINTS="+failpoints())
+	// No dynamic ownership: libvirt does not take the machine's own file system
+	// for one that hosts share, and the host that a guest left, or did not come
+	// to, would take the disk from the QEMU that has it.
+	o.Hypervisor, o.Libvirt.User, o.Libvirt.Virtlogd = lab.Libvirt, qemuUser, true
+	return o
+}
+
+// clusterOf gives a test a lab.
+func clusterOf(t *testing.T, l *lab.Lab) *cluster {
+	t.Helper()
+	c := &cluster{t: t, lab: l, clients: make(map[string]*api.Client)}
+	for _, host := range l.Hosts() {
+		client, err := api.Dial(api.Target{Socket: l.AgentSocket(host)})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -134,33 +134,53 @@ func (s *shapeCase) refused(options *lmctlv1.MigrationOptions) {
 }
 
 func (s *shapeCase) thereAndBack() {
-	capabilities, err := s.capabilities(s.guest, "host1")
+	before := s.settings("host1")
+	s.leg("host1", "host2", before)
+	s.leg("host2", "host1", before)
+}
+
+// settings are those of a guest's QEMU that a migration may not change.
+type settings struct {
+	capabilities string
+	parameters   string // empty if they cannot be compared
+}
+
+func (s *shapeCase) settings(host string) settings {
+	s.t.Helper()
+	on, err := s.capabilities(s.guest, host)
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	parameters := s.parameters(s.guest, "host1")
-	for _, way := range [][2]string{{"host1", "host2"}, {"host2", "host1"}} {
-		from, to := way[0], way[1]
-		var r *migrate.Report
-		if s.why == "" {
-			r = s.move(s.guest, from, to)
-		} else {
-			r = s.relay(s.guest, from, to, &lmctlv1.MigrationOptions{})
-		}
-		s.table.add(s.shape.Name, from+" to "+to, words(r))
-		s.healthy(s.guest, to)
-		s.nothingLeft(s.guest, to)
-		if known := strings.Fields(s.virsh(from, "list", "--all", "--name")); slices.Contains(known, s.guest.Name) {
-			s.t.Errorf("%s still knows it", from)
-		}
-		if now, err := s.capabilities(s.guest, to); err != nil || now != capabilities {
-			s.t.Errorf("capabilities %q on %s, were %q at first (%v)", now, to, capabilities, err)
-		}
-		if now := s.parameters(s.guest, to); now != parameters {
-			s.t.Errorf("parameters on %s:\n%s\nat first:\n%s", to, now, parameters)
-		}
-		s.ordinary(to)
+	return settings{capabilities: on, parameters: s.parameters(s.guest, host)}
+}
+
+// leg moves the guest, and sees that it is an ordinary one at once, with the
+// settings of before.
+func (s *shapeCase) leg(from, to string, before settings) {
+	s.t.Helper()
+	var r *migrate.Report
+	if s.why == "" {
+		r = s.move(s.guest, from, to)
+	} else {
+		r = s.relay(s.guest, from, to, &lmctlv1.MigrationOptions{})
 	}
+	s.table.add(s.shape.Name, from+" to "+to, words(r))
+	if s.shape.Linux && r.Announced < 1 {
+		s.t.Error("no address was announced")
+	}
+	s.healthy(s.guest, to)
+	s.nothingLeft(s.guest, to)
+	if known := strings.Fields(s.virsh(from, "list", "--all", "--name")); slices.Contains(known, s.guest.Name) {
+		s.t.Errorf("%s still knows it", from)
+	}
+	now := s.settings(to)
+	if now.capabilities != before.capabilities {
+		s.t.Errorf("capabilities %q on %s, were %q at first", now.capabilities, to, before.capabilities)
+	}
+	if before.parameters != "" && now.parameters != before.parameters {
+		s.t.Errorf("parameters on %s:\n%s\nat first:\n%s", to, now.parameters, before.parameters)
+	}
+	s.ordinary(to)
 }
 
 // ordinary sees that virsh can do with the guest what it can with any.
@@ -174,6 +194,11 @@ func (s *shapeCase) ordinary(host string) {
 	}
 	if err := s.diskOwner(s.guest); err != nil {
 		s.t.Error(err)
+	}
+	// A QEMU before 10 does not say.
+	nodes := s.virsh(host, "qemu-monitor-command", s.guest.Name, `{"execute": "query-named-block-nodes", "arguments": {"flat": true}}`)
+	if strings.Contains(nodes, `"active":false`) {
+		s.t.Errorf("on %s it runs without its disks: %s", host, nodes)
 	}
 	s.virsh(host, "suspend", s.guest.Name)
 	if state := s.virsh(host, "domstate", s.guest.Name, "--reason"); state != "paused (user)" {

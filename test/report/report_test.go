@@ -64,7 +64,7 @@ func TestTally(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := "tests: 4 passed, 2 failed, 1 package(s) failed as a whole; " +
-		"1 on real KVM, 1 under TCG, 1 with dirty page tracking, 0 with QEMU 10; " +
+		"1 on real KVM, 1 under TCG, 1 with dirty page tracking, 0 with QEMU 10, 0 with libvirt 11; " +
 		"2 skipped: do not feel like it (1), machine lacks KVM (1)"
 	if got := tally.line(); got != want {
 		t.Errorf("got  %s\nwant %s", got, want)

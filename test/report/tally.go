@@ -22,6 +22,7 @@ var kinds = []struct {
 	{testenv.RanTCG, "under TCG", "TCG"},
 	{testenv.RanTracker, "with dirty page tracking", "dirty page tracking"},
 	{testenv.RanQEMU10, "with QEMU 10", ""},
+	{testenv.RanLibvirt11, "with libvirt 11", ""},
 }
 
 // test is what the log says of one test.

@@ -1,6 +1,7 @@
 package libvirt
 
 import (
+	"context"
 	"slices"
 
 	"github.com/lmctl/lmctl/internal/hypervisor/nics"
@@ -14,4 +15,21 @@ func (g *domain) cards() []announce.NIC {
 	g.mu.Unlock()
 	nics.Complete(cards, learners, brought)
 	return cards
+}
+
+// cardsHere are the cards of a domain that has come from another host.
+func (g *domain) cardsHere(ctx context.Context) ([]announce.NIC, error) {
+	g.mu.Lock()
+	offered := g.facts.offered
+	g.mu.Unlock()
+	if offered {
+		l, err := g.d.conn.await(ctx)
+		if err != nil {
+			return nil, err
+		}
+		if err := g.look(ctx, l); err != nil {
+			return nil, err
+		}
+	}
+	return g.cards(), nil
 }

@@ -21,6 +21,9 @@ type facts struct {
 	cards       []announce.NIC // of a running domain
 	console     string         // path of a terminal or socket
 	xml         *libvirtxml.Domain
+	// offered says that this is by the source's XML: libvirt here has not been
+	// asked, and the cards are not known.
+	offered bool
 }
 
 // parseFacts reads a domain's XML.

@@ -19,7 +19,8 @@ const maxHeld = 256 << 20
 // before the last pages are in place: a device looks at memory when it is loaded,
 // and KVM writes to it.
 type heldWriter struct {
-	w io.Writer
+	w    io.Writer
+	acks bool // QEMU knows what it is to allow the switchover
 
 	mu       sync.Mutex
 	held     []byte
@@ -40,8 +41,11 @@ func (h *heldWriter) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// from keeps the device state that QEMU says, rewritten on the way.
-func (h *heldWriter) from(conn *net.UnixConn) error { return devstate.Converse(h, conn) }
+// from keeps the device state that QEMU says, rewritten on the way. Libvirt 11
+// turns switchover-ack on whenever both QEMUs have it, and the destination's
+// hears of nothing before the guest stands still: the source would go round and
+// round until then, at every turn with an event, of which libvirtd chokes.
+func (h *heldWriter) from(conn *net.UnixConn) error { return devstate.Converse(h, conn, h.acks) }
 
 // release passes on what was kept, and lets the rest pass.
 func (h *heldWriter) release() error {

@@ -88,8 +88,13 @@ func (d *Driver) makeRoom(ctx context.Context, name, id string) error {
 
 // expect notes a domain that is on its way here.
 func (d *Driver) expect(o *offer, x *libvirtxml.Domain) (*domain, func(), error) {
+	f, err := parseFacts(o.XML)
+	if err != nil {
+		return nil, nil, err
+	}
+	f.cards, f.offered = nil, true
 	g := d.newDomain(x.Name, x.UUID)
-	g.incoming, g.brought = true, o.Cards
+	g.facts, g.incoming, g.brought = f, true, o.Cards
 	done, err := g.begin("incoming migration")
 	if err != nil {
 		return nil, nil, err
@@ -120,6 +125,9 @@ func (d *Driver) buildShell(ctx context.Context, l *link, o *offer, x *libvirtxm
 	g.shell = s
 	g.mu.Unlock()
 	if err := write(g.files.shell(), s.record); err != nil {
+		return nil, err
+	}
+	if s.activates, err = activates(ctx, l); err != nil {
 		return nil, err
 	}
 	uid, gid, err := userOf(ctx, l, x)

@@ -10,8 +10,12 @@ import (
 // object is a JSON object.
 type object map[string]any
 
-// errMonitor is QEMU's own refusal of a command.
-var errMonitor = errors.New("QEMU refused")
+var (
+	// errMonitor is QEMU's own refusal of a command.
+	errMonitor = errors.New("QEMU refused")
+	// errNoCommand is what QEMU says of a command that it does not know.
+	errNoCommand = errors.New("it has no such command")
+)
 
 // monitor sends QEMU a command through libvirt, which taints the domain with
 // custom-monitor. While libvirt has a job of its own on the domain that waits
@@ -34,11 +38,15 @@ func (g *domain) monitor(ctx context.Context, l *link, command string, arguments
 	var reply struct {
 		Return json.RawMessage `json:"return"`
 		Error  *struct {
-			Desc string `json:"desc"`
+			Class string `json:"class"`
+			Desc  string `json:"desc"`
 		} `json:"error"`
 	}
 	if err := json.Unmarshal([]byte(said), &reply); err != nil {
 		return fmt.Errorf("QMP %s: %w", command, err)
+	}
+	if reply.Error != nil && reply.Error.Class == "CommandNotFound" {
+		return fmt.Errorf("QMP %s: %w: %w", command, errMonitor, errNoCommand)
 	}
 	if reply.Error != nil {
 		return fmt.Errorf("QMP %s: %w: %s", command, errMonitor, reply.Error.Desc)
@@ -63,19 +71,26 @@ func (g *domain) setIgnoreShared(ctx context.Context, l *link, on bool) error {
 	}, nil)
 }
 
-// ignoresShared says whether it is on.
-func (g *domain) ignoresShared(ctx context.Context, l *link) (bool, error) {
+// switchoverAck is the capability that has QEMU wait for the destination's word
+// before it stops the guest.
+const switchoverAck = "switchover-ack"
+
+// capabilities are those for migrations that QEMU has, ignoreShared among them,
+// and whether they are on.
+func (g *domain) capabilities(ctx context.Context, l *link) (map[string]bool, error) {
 	var all []struct {
 		Capability string `json:"capability"`
 		State      bool   `json:"state"`
 	}
 	if err := g.monitor(ctx, l, "query-migrate-capabilities", nil, &all); err != nil {
-		return false, err
+		return nil, err
 	}
+	on := make(map[string]bool, len(all))
 	for _, c := range all {
-		if c.Capability == ignoreShared {
-			return c.State, nil
-		}
+		on[c.Capability] = c.State
 	}
-	return false, fmt.Errorf("this QEMU has no migration capability %s", ignoreShared)
+	if _, has := on[ignoreShared]; !has {
+		return nil, fmt.Errorf("this QEMU has no migration capability %s", ignoreShared)
+	}
+	return on, nil
 }

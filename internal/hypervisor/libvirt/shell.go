@@ -25,12 +25,13 @@ type Shell struct {
 	definition string // the XML by which libvirt makes it
 
 	// The following are of a shell of our own, not of an earlier agent's.
-	l        *link // the connection on which it was prepared: it ends with that
-	socket   string
-	prepared bool   // libvirt may have something of it
-	cookie   []byte // of Prepare3, for the source's Perform3
-	memory   []migrate.Memory
-	proc     *process
+	l         *link // the connection on which it was prepared: it ends with that
+	socket    string
+	prepared  bool   // libvirt may have something of it
+	activates bool   // libvirt has it take its disks when its state is there
+	cookie    []byte // of Prepare3, for the source's Perform3
+	memory    []migrate.Memory
+	proc      *process
 
 	mu sync.Mutex
 	// finished says that libvirt's migration is over: the domain is an ordinary
@@ -111,7 +112,7 @@ func (s *Shell) loadState(ctx context.Context, r io.Reader, answers io.Writer) e
 	// state is.
 	finished := make(chan error, 1)
 	go func() {
-		finished <- do(ctx, s.l, func(l *link) error { return s.finish(l, false) })
+		finished <- s.take(ctx)
 	}()
 	answered := answerTo(answers, conn)
 	_, copied := io.Copy(conn, r)
@@ -150,6 +151,17 @@ func answerTo(answers io.Writer, conn net.Conn) *sync.WaitGroup {
 		passing.Go(func() { _, _ = io.Copy(answers, conn) })
 	}
 	return &passing
+}
+
+// take has libvirt take the domain for its own when its state is there: paused,
+// and without its disks. That does not wait for the end of our stream: the source
+// may have broken off just before it, and want to go on.
+func (s *Shell) take(ctx context.Context) error {
+	err := do(ctx, s.l, func(l *link) error { return s.finish(l, false) })
+	if err != nil || !s.activates {
+		return err
+	}
+	return s.g.leaveDisks(ctx, s.l)
 }
 
 // finish ends libvirt's migration here: with the domain paused, or gone.
@@ -268,7 +280,10 @@ func (g *domain) makeOrdinary(ctx context.Context, r shellRecord) error {
 
 // Announce tells the network where the guest is now.
 func (s *Shell) Announce(ctx context.Context) (int, error) {
-	cards := s.g.cards()
+	cards, err := s.g.cardsHere(ctx)
+	if err != nil {
+		return 0, fmt.Errorf("announce guest %s: %w", s.g.name, err)
+	}
 	if len(cards) == 0 {
 		return 0, nil
 	}

@@ -61,17 +61,18 @@ func (s *Guest) suspend(ctx context.Context, w io.Writer) (time.Time, error) {
 	if s.cookie == nil {
 		return s.standStill(ctx, l)
 	}
-	before, err := s.g.ignoresShared(ctx, l)
+	on, err := s.g.capabilities(ctx, l)
 	if err != nil {
 		return time.Time{}, err
 	}
-	if err := s.note(ctx, l, suspensionRecord{Name: s.g.name, UUID: s.g.uuid, IgnoredShared: before}); err != nil {
+	if err := s.note(ctx, l, suspensionRecord{Name: s.g.name, UUID: s.g.uuid, IgnoredShared: on[ignoreShared]}); err != nil {
 		return time.Time{}, err
 	}
 	if err := s.g.setIgnoreShared(ctx, l, true); err != nil {
 		return time.Time{}, err
 	}
-	held := &heldWriter{w: w}
+	_, acks := on[switchoverAck]
+	held := &heldWriter{w: w, acks: acks}
 	if err := s.perform(l, held.from); err != nil {
 		return time.Time{}, err
 	}

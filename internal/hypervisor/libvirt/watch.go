@@ -53,6 +53,9 @@ func (d *Driver) meet(l *link) error {
 		if err := g.look(d.ctx, l); err != nil {
 			d.log.Warn("look at a domain", "guest", dom.Name, "error", err)
 		}
+		if err := g.leaveDisksAgain(d.ctx, l); err != nil {
+			d.log.Warn("have a domain on its way here leave its disks", "guest", dom.Name, "error", err)
+		}
 	}
 	for _, g := range d.all() {
 		if there[g] {
@@ -190,6 +193,13 @@ func (g *domain) ask(ctx context.Context, l *link) error {
 	if err != nil {
 		return err
 	}
+	state, word, err := g.stateAt(ctx, l)
+	if err != nil {
+		return err
+	}
+	if f, is := g.onItsWay(word); is {
+		return g.seen(f, state, word)
+	}
 	text, err := call(ctx, l, func(l *link) (string, error) { return l.DomainGetXMLDesc(dom, 0) })
 	if err != nil {
 		return err
@@ -198,11 +208,18 @@ func (g *domain) ask(ctx context.Context, l *link) error {
 	if err != nil {
 		return err
 	}
-	state, word, err := g.stateAt(ctx, l)
-	if err != nil {
-		return err
-	}
 	return g.seen(f, state, word)
+}
+
+// onItsWay says whether libvirt may not describe a domain in this state, and what
+// is known of it already. Libvirt 11 wants a job on a domain to tell its XML, in
+// any form, which it does not get as long as the domain comes from another host:
+// it tries for 30 seconds, during which nothing else would be seen. One of our
+// own that stands still to go away can be asked.
+func (g *domain) onItsWay(word string) (facts, bool) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.facts, word == pausedToMigrate && !g.suspended
 }
 
 // stateAt is the domain's state by libvirt, and libvirt's word for it.
@@ -279,6 +296,10 @@ func (g *domain) vanished() error {
 	return errors.Join(err, g.files.remove())
 }
 
+// pausedToMigrate is a domain's that comes from another host, or has stopped to go
+// to one.
+const pausedToMigrate = "paused (migration)"
+
 // stateOf translates libvirt's state, and says it in a word.
 func stateOf(s lv.DomainState, reason lv.DomainPausedReason) (hypervisor.State, string) {
 	switch s {
@@ -287,7 +308,7 @@ func stateOf(s lv.DomainState, reason lv.DomainPausedReason) (hypervisor.State, 
 	case lv.DomainPaused:
 		switch reason {
 		case lv.DomainPausedMigration:
-			return hypervisor.StatePaused, "paused (migration)"
+			return hypervisor.StatePaused, pausedToMigrate
 		case lv.DomainPausedIoerror:
 			return hypervisor.StatePaused, "paused (I/O error)"
 		}

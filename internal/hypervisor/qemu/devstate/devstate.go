@@ -95,6 +95,7 @@ type parser struct {
 
 	back   io.Writer // the return path's other direction, nil if there is none
 	opened bool      // QEMU waits for what is said there
+	ack    bool      // the switchover is to be allowed there
 }
 
 func (p *parser) header() error {

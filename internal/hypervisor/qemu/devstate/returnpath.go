@@ -15,8 +15,9 @@ const (
 	cmdOpenReturnPath = 1
 	cmdPing           = 2 // be32 value
 
-	msgShut = 1 // be32 error: the destination has all it wants
-	msgPong = 2 // be32 value of the ping
+	msgShut          = 1 // be32 error: the destination has all it wants
+	msgPong          = 2 // be32 value of the ping
+	msgSwitchoverAck = 7 // no data: the source may stop the guest
 )
 
 // Marks at the end of a stream.
@@ -34,10 +35,15 @@ const maxDescription = 4 << 20
 // is told so there, which this does once the whole stream has been read; whether
 // it loads, the caller has to find out.
 //
+// acknowledge has it allow the switchover at once. A QEMU on which somebody has
+// turned the capability switchover-ack on goes round and round until it is
+// allowed to; one that does not have the capability, older than 8.1, breaks the
+// migration off when it is.
+//
 // That the stream has come to its end is seen from the JSON description with
 // which QEMU ends it. A machine type without one (of before 2015) does not end.
-func Converse(w io.Writer, conn io.ReadWriter) error {
-	p := &parser{r: bufio.NewReaderSize(conn, 64<<10), w: bufio.NewWriterSize(w, 64<<10), back: conn}
+func Converse(w io.Writer, conn io.ReadWriter, acknowledge bool) error {
+	p := &parser{r: bufio.NewReaderSize(conn, 64<<10), w: bufio.NewWriterSize(w, 64<<10), back: conn, ack: acknowledge}
 	err := p.header()
 	if flushErr := p.w.Flush(); err == nil {
 		err = flushErr
@@ -56,19 +62,21 @@ func (p *parser) answer(kind uint16, data []byte) (bool, error) {
 		return false, nil
 	case kind == cmdOpenReturnPath && len(data) == 0:
 		p.opened = true
-		return true, nil
+		if !p.ack {
+			return true, nil
+		}
+		return true, p.say(msgSwitchoverAck, nil)
 	case kind == cmdPing && len(data) == 4:
-		return true, p.say(msgPong, binary.BigEndian.Uint32(data))
+		return true, p.say(msgPong, data)
 	}
 	return false, nil
 }
 
 // say sends a message on the return path.
-func (p *parser) say(kind uint16, value uint32) error {
+func (p *parser) say(kind uint16, data []byte) error {
 	b := binary.BigEndian.AppendUint16(nil, kind)
-	b = binary.BigEndian.AppendUint16(b, 4)
-	b = binary.BigEndian.AppendUint32(b, value)
-	if _, err := p.back.Write(b); err != nil {
+	b = binary.BigEndian.AppendUint16(b, uint16(len(data)))
+	if _, err := p.back.Write(append(b, data...)); err != nil {
 		return p.fail(fmt.Errorf("return path: %w", err))
 	}
 	return nil
@@ -100,7 +108,7 @@ func (p *parser) converse(w io.Writer) error {
 		}
 		if p.opened && !said && complete(tail) {
 			said = true
-			if err := p.say(msgShut, 0); err != nil {
+			if err := p.say(msgShut, make([]byte, 4)); err != nil {
 				return err
 			}
 		}

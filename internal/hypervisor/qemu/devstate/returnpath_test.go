@@ -36,46 +36,60 @@ func ended(t *testing.T) map[string][]byte {
 }
 
 // message reads one of the return path.
-func message(r io.Reader) (kind uint16, value uint32, err error) {
-	var b [8]byte
-	if _, err := io.ReadFull(r, b[:]); err != nil {
-		return 0, 0, err
+func message(r io.Reader) (said, error) {
+	var head [4]byte
+	if _, err := io.ReadFull(r, head[:]); err != nil {
+		return said{}, err
 	}
-	return binary.BigEndian.Uint16(b[:]), binary.BigEndian.Uint32(b[4:]), nil
+	data := make([]byte, binary.BigEndian.Uint16(head[2:]))
+	_, err := io.ReadFull(r, data)
+	return said{binary.BigEndian.Uint16(head[:]), string(data)}, err
+}
+
+// said is a message of the return path.
+type said struct {
+	kind uint16
+	data string
 }
 
 // A QEMU hears what its destination would say, and closes only then.
 func TestConverse(t *testing.T) {
+	const seven, zero = "\x00\x00\x00\x07", "\x00\x00\x00\x00"
 	for name, in := range ended(t) {
 		t.Run(name, func(t *testing.T) {
-			qemu, ours := net.Pipe()
-			var work errgroup.Group
-			work.Go(func() error {
-				sent := make(chan error, 1)
-				go func() {
-					_, err := qemu.Write(withReturnPath(t, in))
-					sent <- err
-				}()
-				for _, want := range []struct {
-					kind  uint16
-					value uint32
-				}{{msgPong, 7}, {msgShut, 0}} {
-					kind, value, err := message(qemu)
-					if err != nil || kind != want.kind || value != want.value {
-						t.Errorf("message %d with %d, %v; want %+v", kind, value, err, want)
-					}
-				}
-				return errors.Join(<-sent, qemu.Close())
-			})
-			var out bytes.Buffer
-			err := Converse(&out, ours)
-			if err := errors.Join(err, ours.Close(), work.Wait()); err != nil {
-				t.Fatal(err)
-			}
-			if !bytes.Equal(out.Bytes(), rewritten(t, in)) {
-				t.Error("the stream is not that without a return path, rewritten")
-			}
+			converses(t, in, false, said{msgPong, seven}, said{msgShut, zero})
 		})
+		t.Run(name+", acknowledged", func(t *testing.T) {
+			converses(t, in, true, said{msgSwitchoverAck, ""}, said{msgPong, seven}, said{msgShut, zero})
+		})
+	}
+}
+
+// converses writes a stream as QEMU does, and looks what is answered and what
+// comes out.
+func converses(t *testing.T, in []byte, acknowledge bool, answers ...said) {
+	qemu, ours := net.Pipe()
+	var work errgroup.Group
+	work.Go(func() error {
+		sent := make(chan error, 1)
+		go func() {
+			_, err := qemu.Write(withReturnPath(t, in))
+			sent <- err
+		}()
+		for _, want := range answers {
+			if got, err := message(qemu); err != nil || got != want {
+				t.Errorf("said %+v, %v; want %+v", got, err, want)
+			}
+		}
+		return errors.Join(<-sent, qemu.Close())
+	})
+	var out bytes.Buffer
+	err := Converse(&out, ours, acknowledge)
+	if err := errors.Join(err, ours.Close(), work.Wait()); err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(out.Bytes(), rewritten(t, in)) {
+		t.Error("the stream is not that without a return path, rewritten")
 	}
 }
 
@@ -92,10 +106,10 @@ func TestConverseBroken(t *testing.T) {
 					_, err := qemu.Write(whole[:n])
 					sent <- err
 				}()
-				_, _, err := message(qemu) // the answer to its ping
+				_, err := message(qemu) // the answer to its ping
 				return errors.Join(err, <-sent, qemu.Close())
 			})
-			err := Converse(io.Discard, ours)
+			err := Converse(io.Discard, ours, false)
 			if !errors.Is(err, io.ErrUnexpectedEOF) {
 				t.Errorf("%s, %d of %d bytes: %v", name, n, len(whole), err)
 			}
@@ -114,7 +128,7 @@ func TestConverseOneWay(t *testing.T) {
 			io.Reader
 			io.Writer
 		}{bytes.NewReader(in), refusing{t}}
-		if err := Converse(&out, conn); err != nil || !bytes.Equal(out.Bytes(), rewritten(t, in)) {
+		if err := Converse(&out, conn, true); err != nil || !bytes.Equal(out.Bytes(), rewritten(t, in)) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
