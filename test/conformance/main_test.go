@@ -46,6 +46,7 @@ func TestConformance(t *testing.T) {
 	}
 	for _, h := range []lab.Hypervisor{lab.QEMU, lab.Libvirt} {
 		t.Run(string(h), func(t *testing.T) {
+			t.Parallel()
 			if h == lab.Libvirt {
 				testenv.NeedTool(t, "virsh")
 			}
