@@ -316,13 +316,18 @@ func (m *source) failure(ctx context.Context, reached State, err error) Result {
 // other copy of the guest can run.
 func (m *source) abort(ctx context.Context, err error) error {
 	m.enter(SourceAborting)
+	var telling sync.WaitGroup
+	if m.peer != nil {
+		// At once, beside the resume and not in its way: what the shell holds, like
+		// the lock of a disk, may be what the guest needs. Without the word the
+		// destination finds out by itself, only later.
+		reason := reasonMsg{Reason: err.Error()}
+		telling.Go(func() { _ = m.peer.ctl.send(ctlAbort, reason) })
+	}
 	if m.suspended {
 		err = errors.Join(err, m.resume(ctx))
 	}
-	if m.peer != nil {
-		// Without it the destination finds out by itself, only later.
-		_ = m.peer.ctl.send(ctlAbort, reasonMsg{Reason: err.Error()})
-	}
+	telling.Wait()
 	return err
 }
 

@@ -24,6 +24,9 @@ import (
 // speed: machines that run tests are slow and shared.
 const patience = 60 * time.Second
 
+// memoryLimit is what each host has for guest memory, in bytes.
+const memoryLimit = 10 << 30
+
 // qemuUser is whom QEMU runs as, as Debian has it.
 const qemuUser = "libvirt-qemu"
 
@@ -41,7 +44,7 @@ func newCluster(t *testing.T) *cluster {
 	t.Helper()
 	needs(t)
 	if common == nil {
-		l, err := lab.Up(context.Background(), options("lab", lab.Options{Hosts: 2, MemoryLimit: 10 << 30}))
+		l, err := lab.Up(context.Background(), options("lab", lab.Options{Hosts: 2, MemoryLimit: memoryLimit}))
 		if err != nil {
 			t.Fatal(err)
 		}

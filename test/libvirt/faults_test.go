@@ -108,6 +108,19 @@ var faults = []fault{
 		at:    []migrate.State{migrate.SourceCopying, migrate.SourceReadyWait},
 		relay: []migrate.State{migrate.SourceCopying, migrate.SourceReadyWait},
 	},
+	{
+		name: "kill-source-virtlogd", do: killer("host1", lab.Virtlogd), undo: starter("host1", lab.Virtlogd),
+		at: []migrate.State{migrate.SourceCopying},
+	},
+	{
+		name: "kill-destination-virtlogd", do: killer("host2", lab.Virtlogd), undo: starter("host2", lab.Virtlogd),
+		at: []migrate.State{migrate.DestReceiving},
+	},
+	{
+		name: "fill-destination-memory", do: (*cell).fillMemory, undo: (*cell).freeMemory,
+		at: []migrate.State{migrate.DestReceiving},
+	},
+	{name: "virsh-migrate", do: (*cell).virshMigrate, at: []migrate.State{migrate.SourceCopying}},
 	{name: "virsh-destroy", do: (*cell).virshDestroy, at: []migrate.State{migrate.SourceCopying}},
 	{name: "virsh-suspend", do: (*cell).virshSuspend, at: []migrate.State{migrate.SourceCopying}},
 }
@@ -360,6 +373,44 @@ func (m *cell) heal() {
 func (m *cell) cancel() {
 	if _, err := m.clients["host1"].Migrations.Cancel(m.t.Context(), &lmctlv1.MigrationRequest{Id: m.id}); err != nil {
 		m.t.Fatal(err)
+	}
+}
+
+// resizeMemory gives a host's memory another size, in bytes.
+func (m *cell) resizeMemory(host string, size int64) {
+	m.t.Helper()
+	err := unix.Mount("", m.lab.MemoryDir(host), "", unix.MS_REMOUNT|unix.MS_NOSUID|unix.MS_NODEV, fmt.Sprintf("size=%d", size))
+	if err != nil {
+		m.t.Fatal(err)
+	}
+}
+
+// fillMemory leaves next to no room for guest memory on the destination.
+func (m *cell) fillMemory() {
+	var st unix.Statfs_t
+	if err := unix.Statfs(m.lab.MemoryDir("host2"), &st); err != nil {
+		m.t.Fatal(err)
+	}
+	m.resizeMemory("host2", int64(st.Blocks-st.Bfree)*st.Bsize+1<<20)
+}
+
+// freeMemory gives the room back once the source has noticed.
+func (m *cell) freeMemory() {
+	report, err := m.wait("host1", m.id)
+	m.resizeMemory("host2", memoryLimit)
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	if report.Result != migrate.Failed {
+		m.t.Errorf("without room at the destination: %s %s", report.Result, report.Error)
+	}
+}
+
+// virshMigrate moves the guest to the same host by another hand.
+func (m *cell) virshMigrate() {
+	out, err := m.lab.Output(m.context(), "host1", "virsh", "migrate", "--live", "--unsafe", m.guest.Name, "qemu+tcp://host2/system")
+	if err == nil {
+		m.t.Errorf("libvirt has moved a domain that is on its way there: %s", out)
 	}
 }
 

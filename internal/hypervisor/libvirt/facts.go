@@ -88,7 +88,7 @@ func (f *facts) addCard(i *libvirtxml.DomainInterface) error {
 	if err != nil {
 		return fmt.Errorf("libvirt: domain XML: card %s: %w", i.MAC.Address, err)
 	}
-	f.cards = append(f.cards, announce.NIC{Bridge: bridge, Tap: i.Target.Dev, MAC: mac})
+	f.cards = append(f.cards, announce.NIC{Bridge: bridge, Tap: i.Target.Dev, MAC: mac, Addresses: slices.Clip(filterAddresses(i))})
 	return nil
 }
 

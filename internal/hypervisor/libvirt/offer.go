@@ -73,7 +73,7 @@ func (s *Guest) offer(ctx context.Context, l *link) (*offer, error) {
 		return nil, fmt.Errorf("libvirt cannot migrate it: %w", err)
 	}
 	s.xml = b.xml
-	o := &offer{Version: offerVersion, Hypervisor: "libvirt", XML: b.xml, Cookie: b.cookie, PageSize: os.Getpagesize(), Cards: nics.FactsOf(s.g.cards())}
+	o := &offer{Version: offerVersion, Hypervisor: "libvirt", XML: b.xml, Cookie: b.cookie, PageSize: os.Getpagesize(), Cards: s.g.cardFacts(ctx, l)}
 	if o.Persistent, o.Autostart, err = s.g.persistence(ctx, l); err != nil {
 		return nil, err
 	}
