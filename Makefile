@@ -11,6 +11,7 @@
 #   demo          a Linux guest moves to another host and back
 #   demo-libvirt  the same between two libvirtd's
 #   bench         the quick comparison with QEMU's own migration
+#   bench-libvirt the comparison with virsh migrate
 #   docs          manual pages and shell completion, below dist/
 #   install       what was built, below PREFIX (/usr/local) and DESTDIR
 #   uninstall     removes that again; configuration stays
@@ -25,7 +26,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := build
-.PHONY: build init test lint unit e2e libvirt fuzz fuzz-seeds demo demo-libvirt bench proto \
+.PHONY: build init test lint unit e2e libvirt fuzz fuzz-seeds demo demo-libvirt bench bench-libvirt proto \
 	docs install uninstall deb package \
 	install-deps install-run-deps install-libvirt-deps need-root qemu10 libvirt11 clean
 
@@ -121,6 +122,9 @@ demo-libvirt: need-root install-libvirt-deps build
 
 bench: need-root install-run-deps build
 	$(SUDO) env "LMCTL_CACHE=$(LMCTL_CACHE)" bin/lmctl bench quick
+
+bench-libvirt: need-root install-libvirt-deps build
+	$(SUDO) env "LMCTL_CACHE=$(LMCTL_CACHE)" bin/lmctl bench libvirt
 
 need-root:
 	@[ "$$(id -u)" -eq 0 ] || command -v sudo >/dev/null || \
