@@ -2,7 +2,7 @@
 #
 #   build         bin/lmctl, one static binary
 #   test          everything below that judges: deps, lint, unit, e2e, libvirt, package
-#   lint          gofmt, go vet, staticcheck, shellcheck
+#   lint          gofmt, go mod tidy, go vet, staticcheck, shellcheck
 #   unit          all packages with the race detector, fuzz seeds included
 #   e2e           whole migrations between agents, with failpoints
 #   libvirt       the same between two libvirtd's, with domains of many shapes
@@ -83,6 +83,7 @@ test: install-deps qemu10 libvirt11 init
 lint:
 	@unformatted=$$(gofmt -l .); \
 	if [ -n "$$unformatted" ]; then printf 'gofmt -w is wanted for:\n%s\n' "$$unformatted"; exit 1; fi
+	go mod tidy -diff
 	go vet ./...
 	go vet -tags failpoint ./...
 	$(STATICCHECK) ./...
