@@ -250,7 +250,11 @@ const settleTimeout = time.Minute
 func (g *domain) settleIn(r shellRecord) {
 	ctx, cancel := context.WithTimeout(g.d.ctx, settleTimeout)
 	defer cancel()
-	if err := g.makeOrdinary(ctx, r); err != nil {
+	err := g.makeOrdinary(ctx, r)
+	for errors.Is(err, errDisconnected) && pause(ctx) == nil {
+		err = g.makeOrdinary(ctx, r) // the next libvirtd knows the domain, and not yet its definition
+	}
+	if err != nil {
 		g.d.log.Error("make the shell an ordinary domain", "guest", g.name, "error", err)
 	}
 }
