@@ -152,6 +152,7 @@ type Shell interface {
 	// migration the whole guest. It reads r to its end and returns when the
 	// hypervisor has loaded all of it; the vCPUs stay stopped. What the
 	// hypervisor says to its other side goes to answers, unless that is nil.
+	// After an error r may be read until it fails.
 	LoadState(ctx context.Context, r io.Reader, answers io.Writer) error
 	// Resume connects the guest's network and starts its vCPUs. From here on
 	// the shell is a guest like any other of this host. An error that has

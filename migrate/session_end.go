@@ -94,13 +94,14 @@ func (s *session) hangUp() {
 	}
 }
 
-// errSessionOver ends what is still read of a relayed stream.
+// errSessionOver ends what a hypervisor that has failed may still be given.
 var errSessionOver = errors.New("the migration is over")
 
 // closeStreams ends the data connections and lets go of the shell's memory.
 func (s *session) closeStreams() {
 	s.hangUp()
 	s.assembly.fail(errSessionOver)
+	s.gate.fail(errSessionOver)
 	s.streams.Wait()
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -2,7 +2,6 @@ package libvirt
 
 import (
 	"context"
-	"maps"
 	"net"
 	"net/netip"
 	"slices"
@@ -61,7 +60,6 @@ func hasAgent(x *libvirtxml.Domain) bool {
 // addAddresses adds those that other hosts can have of a card: not the guest's
 // own, like that of its loopback device.
 func addAddresses(facts map[string]nics.Facts, cards []lv.DomainInterface) {
-	known := maps.Clone(facts)
 	for _, c := range cards {
 		if len(c.Hwaddr) != 1 {
 			continue
@@ -70,7 +68,7 @@ func addAddresses(facts map[string]nics.Facts, cards []lv.DomainInterface) {
 		if err != nil {
 			continue
 		}
-		card, ok := known[mac.String()]
+		card, ok := facts[mac.String()]
 		if !ok {
 			continue
 		}
@@ -79,7 +77,7 @@ func addAddresses(facts map[string]nics.Facts, cards []lv.DomainInterface) {
 				card.Addresses = append(card.Addresses, ip)
 			}
 		}
-		facts[mac.String()], known[mac.String()] = card, card
+		facts[mac.String()] = card
 	}
 }
 

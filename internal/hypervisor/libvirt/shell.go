@@ -101,46 +101,60 @@ func (s *Shell) LoadState(ctx context.Context, r io.Reader, answers io.Writer) e
 	return nil
 }
 
-func (s *Shell) loadState(ctx context.Context, r io.Reader, answers io.Writer) error {
+func (s *Shell) loadState(ctx context.Context, r io.Reader, answers io.Writer) (err error) {
 	conn, err := dial(ctx, s.socket, s.proc)
 	if err != nil {
 		return err
 	}
+	answered := answerTo(answers, conn)
+	defer func() {
+		if closeErr := conn.Close(); err == nil && !errors.Is(closeErr, net.ErrClosed) {
+			err = closeErr
+		}
+		answered.Wait()
+	}()
 	cancelled := context.AfterFunc(ctx, func() { _ = conn.Close() })
 	defer cancelled()
 	// Finish3 waits for the state, so that its answer is there as soon as the
 	// state is.
-	finished := make(chan error, 1)
-	go func() {
-		finished <- s.take(ctx)
-	}()
-	answered := answerTo(answers, conn)
-	_, copied := io.Copy(conn, r)
-	if copied == nil {
-		copied = conn.CloseWrite()
-	}
-	if copied != nil {
-		// QEMU ends, and libvirt says why.
-		copied = errors.Join(copied, conn.Close())
-	}
+	finished, copied := make(chan error, 1), make(chan error, 1)
+	go func() { finished <- s.take(ctx) }()
+	go func() { copied <- feed(conn, r) }()
+	// A QEMU that has failed is not fed to the end: the source's waits for what
+	// this one will never answer, and so does not come to its end.
 	if err := <-finished; err != nil {
-		return errors.Join(err, copied)
+		select {
+		case why := <-copied:
+			err = errors.Join(err, why)
+		default:
+		}
+		return err
 	}
 	s.mu.Lock()
 	s.finished = true
 	s.mu.Unlock()
+	why := <-copied
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	if copied != nil {
+	if why != nil {
 		// QEMU has all it wants, and has closed its end before ours.
-		_, copied = io.Copy(io.Discard, r)
+		_, why = io.Copy(io.Discard, r)
 	}
-	if err := conn.Close(); err != nil && !errors.Is(err, net.ErrClosed) {
-		return err
+	return why
+}
+
+// feed gives QEMU what r says, to its end. If it cannot, it hangs up: then QEMU
+// ends, and libvirt says why.
+func feed(conn *net.UnixConn, r io.Reader) error {
+	_, err := io.Copy(conn, r)
+	if err == nil {
+		err = conn.CloseWrite()
 	}
-	answered.Wait()
-	return copied
+	if err != nil {
+		err = errors.Join(err, conn.Close())
+	}
+	return err
 }
 
 // answerTo passes on what QEMU says to its other side, until it says no more or
