@@ -50,6 +50,7 @@ func (in *inbound) serve(ctx context.Context, conn net.Conn, host string) {
 		in.a.log.Warn("incoming migration ended", "source", host, "error", err)
 	}
 	for _, guest := range in.ended() {
+		in.a.know(in.a.life, guest) // another hand may have brought it meanwhile
 		in.a.settler.kick(guest)
 	}
 }

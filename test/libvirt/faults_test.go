@@ -419,11 +419,12 @@ func (m *cell) withoutRoom() migrate.Result {
 }
 
 // virshMigrate moves the guest to the same host by another hand, which is refused
-// once it is on its way there.
+// once libvirt has begun our own migration.
 func (m *cell) virshMigrate() {
 	_, err := m.lab.Output(m.context(), "host1", "virsh", "migrate", "--live", "--unsafe", "--persistent", "--undefinesource",
 		m.guest.Name, "qemu+tcp://host2/system")
-	if early := m.point.String() == "source-preparing"; (err == nil) != early {
+	early := m.point.state == migrate.SourcePreparing || m.point.state == migrate.DestPreparing
+	if (err == nil) != early {
 		m.t.Errorf("libvirt moves it: %v", err)
 	}
 }
