@@ -44,13 +44,25 @@ func newCluster(t *testing.T) *cluster {
 	t.Helper()
 	needs(t)
 	if common == nil {
-		l, err := lab.Up(context.Background(), options("lab", lab.Options{Hosts: 2, MemoryLimit: memoryLimit}))
-		if err != nil {
-			t.Fatal(err)
-		}
-		common = l
+		common = up(context.Background(), t, "lab", lab.Options{Hosts: 2, MemoryLimit: memoryLimit})
 	}
 	return clusterOf(t, common)
+}
+
+// ownCluster is newCluster with a lab that is the test's alone, in a folder of
+// this name.
+func ownCluster(t *testing.T, folder string, o lab.Options) *cluster {
+	t.Helper()
+	needs(t)
+	l := up(t.Context(), t, folder, o)
+	t.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), patience)
+		defer cancel()
+		if err := lab.Down(ctx, l.Dir()); err != nil {
+			t.Error(err)
+		}
+	})
+	return clusterOf(t, l)
 }
 
 // needs is what all labs of these tests need.
@@ -70,16 +82,28 @@ func needs(t *testing.T) {
 	}
 }
 
-// options completes those of a lab with what all have here.
-func options(folder string, o lab.Options) lab.Options {
+// up makes a lab, whose options it completes with what all have here.
+func up(ctx context.Context, t *testing.T, folder string, o lab.Options) *lab.Lab {
+	t.Helper()
 	o.Dir, o.Binary = filepath.Join(work.dir, folder), work.binary
-	o.AgentEnv = append(o.AgentEnv, "LMCTL_FAILPOINTS="+failpoints())
+	if err := os.Mkdir(failpoints(o.Dir), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	o.AgentEnv = append(o.AgentEnv, "LMCTL_FAILPOINTS="+failpoints(o.Dir))
 	// No dynamic ownership: libvirt does not take the machine's own file system
 	// for one that hosts share, and the host that a guest left, or did not come
 	// to, would take the disk from the QEMU that has it.
 	o.Hypervisor, o.Libvirt.User, o.Libvirt.Virtlogd = lab.Libvirt, qemuUser, true
-	return o
+	l, err := lab.Up(ctx, o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return l
 }
+
+// failpoints is where the agents of a lab look for the states that they are to
+// stop at.
+func failpoints(lab string) string { return lab + ".failpoints" }
 
 // clusterOf gives a test a lab.
 func clusterOf(t *testing.T, l *lab.Lab) *cluster {

@@ -37,11 +37,7 @@ func TestDryRun(t *testing.T) {
 	c.virsh("host1", "net-start", "lan")
 	defer func() { c.virsh("host1", "net-destroy", "lan") }()
 
-	capabilities, err := c.capabilities(g, "host1")
-	if err != nil {
-		t.Fatal(err)
-	}
-	parameters, before := c.parameters(g, "host1"), c.virsh("host1", "dumpxml", g.Name)
+	told, before := c.settings(g, "host1"), c.virsh("host1", "dumpxml", g.Name)
 	verdict := func(failing ...string) *lmctlv1.MigrationVerdict {
 		t.Helper()
 		v, err := c.clients["host1"].Migrations.Check(c.context(), &lmctlv1.StartMigrationRequest{Guest: g.Name, Destination: "host2"})
@@ -71,9 +67,7 @@ func TestDryRun(t *testing.T) {
 		}
 	}
 	c.nothingLeft(g, "host1")
-	if now, err := c.capabilities(g, "host1"); err != nil || now != capabilities || c.parameters(g, "host1") != parameters {
-		t.Errorf("capabilities %q, were %q (%v)", now, capabilities, err)
-	}
+	c.sameSettings(g, "host1", told)
 	if now := c.virsh("host1", "dumpxml", g.Name); now != before {
 		t.Errorf("its XML was\n%s\nand is\n%s", before, now)
 	}

@@ -1,63 +1,34 @@
 package libvirt
 
 import (
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"slices"
-	"strings"
-	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/lmctl/lmctl/internal/api/lmctlv1"
 	"github.com/lmctl/lmctl/internal/lab"
-	"github.com/lmctl/lmctl/internal/lab/domain"
 	"github.com/lmctl/lmctl/migrate"
 )
-
-// point is a state of a migration, on one side, that agents are held at.
-type point struct {
-	role  string
-	state migrate.State
-}
-
-func (p point) String() string { return p.role + "-" + string(p.state) }
-
-func (p point) file() string {
-	return filepath.Join(failpoints(), p.role+"."+string(p.state))
-}
-
-// points are all states of a migration that succeeds.
-func points() []point {
-	var all []point
-	for _, s := range []migrate.State{
-		migrate.SourcePreparing, migrate.SourceTracking, migrate.SourceCopying, migrate.SourceSuspending,
-		migrate.SourceFinalCopy, migrate.SourceReadyWait, migrate.SourceCommitting, migrate.SourceCommitted,
-		migrate.SourceHandedOver, migrate.SourceReleasing,
-	} {
-		all = append(all, point{"source", s})
-	}
-	for _, s := range []migrate.State{
-		migrate.DestPreparing, migrate.DestReceiving, migrate.DestFinal, migrate.DestLoading,
-		migrate.DestReady, migrate.DestAccepted, migrate.DestRunning, migrate.DestOwned,
-	} {
-		all = append(all, point{"destination", s})
-	}
-	return all
-}
 
 // fault is something that goes wrong while a migration stands at a state.
 type fault struct {
 	name string
 	do   func(*cell)
-	undo func(*cell)     // restarts what died and heals what was cut
-	at   []migrate.State // where everybody's tests do it
-	// relay is where they do it in relay mode.
-	relay []migrate.State
+	undo func(*cell) // restarts what died and heals what was cut
+	// at is where everybody's tests do it, in direct mode, and relay where they do
+	// it in relay mode.
+	at, relay []migrate.State
+}
+
+// usual is where everybody's tests do it.
+func (f fault) usual(mode migrate.Mode) []migrate.State {
+	if mode == migrate.Relay {
+		return f.relay
+	}
+	return f.at
 }
 
 var faults = []fault{
@@ -123,179 +94,6 @@ var faults = []fault{
 	{name: "virsh-migrate", do: (*cell).virshMigrate, at: []migrate.State{migrate.SourceCopying}},
 	{name: "virsh-destroy", do: (*cell).virshDestroy, at: []migrate.State{migrate.SourceCopying}},
 	{name: "virsh-suspend", do: (*cell).virshSuspend, at: []migrate.State{migrate.SourceCopying}},
-}
-
-// TestFaults holds a migration at states of either side, does each of the faults
-// to it, restarts and heals, and checks that the guest runs once, unharmed, or
-// is gone where it was killed, and that nothing else is left.
-func TestFaults(t *testing.T) {
-	c := newCluster(t)
-	var guest *lab.Guest
-	defer func() {
-		if guest != nil {
-			c.remove(*guest)
-		}
-	}()
-	for _, p := range points() {
-		for _, f := range faults {
-			for mode, at := range map[migrate.Mode][]migrate.State{migrate.Direct: f.at, migrate.Relay: f.relay} {
-				if !all && !slices.Contains(at, p.state) || mode == migrate.Relay && !relayed(p.state) {
-					continue
-				}
-				t.Run(p.String()+"/"+f.name+"/"+string(mode), func(t *testing.T) {
-					m := &cell{cluster: c.in(t), point: p, mode: mode}
-					m.ready(guest)
-					guest = nil // unless it comes out of this well
-					if m.run(f) {
-						guest = &m.guest
-					}
-				})
-			}
-		}
-	}
-}
-
-// relayed says whether migrations in relay mode have a state.
-func relayed(s migrate.State) bool { return s != migrate.DestLoading }
-
-// cell is one of the matrix.
-type cell struct {
-	*cluster
-	point point
-	mode  migrate.Mode
-	guest lab.Guest
-	id    string
-
-	killed    map[string]bool // hosts whose copy was ended
-	ranAtKill bool            // the destination's copy, and its CPUs may have run
-	suspended bool            // another hand wanted it to stand still
-}
-
-// ready has a guest run on host1: the one of the cell before, moved back if need
-// be, or a new one.
-func (m *cell) ready(g *lab.Guest) {
-	m.killed = make(map[string]bool)
-	if g == nil {
-		m.guest = m.start(flatSpec("cell-"+strings.ToLower(rand.Text()[:8]), domain.Shape{}))
-		return
-	}
-	m.guest = *g
-	info, err := m.cluster.guest("host2", g.Name)
-	if err != nil {
-		m.t.Fatal(err)
-	}
-	if info != nil {
-		m.move(*g, "host2", "host1")
-	}
-}
-
-// run does the fault and reports whether the guest runs on, having failed the
-// test if it should and does not.
-func (m *cell) run(f fault) (lives bool) {
-	file := m.point.file()
-	defer func() {
-		_ = os.Remove(file) // left by a cell that failed
-		_ = os.Remove(file + ".reached")
-		if !lives {
-			m.giveUp()
-		}
-	}()
-	w := m.watch()
-	if err := os.WriteFile(file, nil, 0o600); err != nil {
-		m.t.Fatal(err)
-	}
-	var err error
-	if m.id, err = m.begin(m.guest.Name, "host1", "host2", &lmctlv1.MigrationOptions{Mode: string(m.mode)}); err != nil {
-		m.t.Fatal(err)
-	}
-	m.eventually("the migration reaches "+m.point.String(), func() error {
-		_, err := os.Stat(file + ".reached")
-		return err
-	})
-	f.do(m)
-	if err := errors.Join(os.Remove(file), os.Remove(file+".reached")); err != nil {
-		m.t.Fatal(err)
-	}
-	if f.undo != nil {
-		f.undo(m)
-	}
-	host := m.settled()
-	if host != "" {
-		m.healthy(m.guest, host)
-	}
-	w.neverTwice()
-	m.nothingLeft(m.guest, host)
-	return host != "" && !m.t.Failed()
-}
-
-// giveUp ends a guest whose migration may still be under way, and daemons that
-// may still be dead.
-func (m *cell) giveUp() {
-	ctx := m.context()
-	if _, err := m.lab.StartDead(ctx); err != nil {
-		m.t.Error(err)
-	}
-	_, _ = m.clients["host1"].Migrations.Cancel(ctx, &lmctlv1.MigrationRequest{Id: m.id}) // it may have ended
-	for _, h := range m.lab.Hosts() {
-		for ctx.Err() == nil {
-			g, err := m.cluster.guest(h, m.guest.Name)
-			if err == nil && (g == nil || g.Migration == "" && g.Busy == "") {
-				break
-			}
-			time.Sleep(10 * time.Millisecond)
-		}
-	}
-	m.remove(m.guest)
-}
-
-// settled waits until both agents agree on where the guest is, and returns the
-// host that runs it, or none if it has ended.
-func (m *cell) settled() (host string) {
-	m.t.Helper()
-	m.eventually("both hosts settle", func() (err error) {
-		var running, ended []string
-		for _, h := range m.lab.Hosts() {
-			g, err := m.cluster.guest(h, m.guest.Name)
-			switch {
-			case err != nil:
-				return err
-			case g == nil:
-			case g.Busy != "" || g.Migration != "":
-				return fmt.Errorf("it is busy on %s: %s %s", h, g.Busy, g.Migration)
-			case g.Ownership.GetState() != "owned":
-				return fmt.Errorf("on %s it is %s, %s: %s", h, g.State, g.Ownership.GetState(), g.Advice)
-			case g.State == "running" && m.killed[h]:
-				return fmt.Errorf("%s has not noticed yet that its copy was ended", h)
-			case g.State == "paused" && m.suspended:
-				if _, err := m.lab.Output(m.context(), h, "virsh", "resume", m.guest.Name); err != nil {
-					return err
-				}
-				return errors.New("it stood still, as it was told")
-			case g.State == "running":
-				running = append(running, h)
-			case g.State == "stopped":
-				ended = append(ended, h)
-			default:
-				return fmt.Errorf("the guest is %s on %s: %s", g.State, h, g.Advice)
-			}
-		}
-		switch {
-		case len(running) == 1 && len(ended) == 0:
-			host = running[0]
-			return nil
-		case len(running) == 0 && len(ended) == 1 && m.mayHaveEnded(ended[0]):
-			host = ""
-			return nil
-		}
-		return fmt.Errorf("running on %q, ended on %q", running, ended)
-	})
-	return host
-}
-
-// mayHaveEnded says whether the guest may be dead on a host: only where its one
-// running copy was ended.
-func (m *cell) mayHaveEnded(host string) bool {
-	return m.killed[host] && (host == "host1" || m.ranAtKill)
 }
 
 func killer(host string, daemons ...lab.Daemon) func(*cell) {
@@ -410,9 +208,9 @@ func (m *cell) freeMemory() {
 // this state on.
 func (m *cell) withoutRoom() migrate.Result {
 	switch m.point.String() {
-	case "source-preparing", "destination-preparing":
+	case "source.preparing", "destination.preparing":
 		return migrate.Refused
-	case "source-tracking", "source-copying", "destination-receiving":
+	case "source.tracking", "source.copying", "destination.receiving":
 		return migrate.Failed
 	}
 	return migrate.Completed // it has all of its memory already

@@ -4,9 +4,11 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/user"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -79,6 +81,58 @@ func (c *cluster) noFiles(g lab.Guest, host string) error {
 	return nil
 }
 
+// traces is what a host has of a guest: its line in virsh list, and all files by
+// its name or UUID but logs, disks and what an agent remembers of guests. Numbers
+// that libvirt gives to those that run are left out.
+type traces []string
+
+var domainNumber = regexp.MustCompile(`\b\d+-`)
+
+func (c *cluster) traces(g lab.Guest, host string) traces {
+	c.t.Helper()
+	var found traces
+	for line := range strings.Lines(c.virsh(host, "list", "--all")) {
+		if fields := strings.Fields(line); len(fields) > 2 && fields[1] == g.Name {
+			found = append(found, strings.Join(fields[1:], " "))
+		}
+	}
+	root := filepath.Join(c.lab.Dir(), "hosts", host)
+	err := filepath.WalkDir(root, func(path string, _ fs.DirEntry, err error) error {
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil // it has gone meanwhile
+		}
+		if err != nil {
+			return err
+		}
+		path = strings.TrimPrefix(path, root)
+		if path == "/libvirt/log" || path == "/state" {
+			return fs.SkipDir
+		}
+		if strings.Contains(path, g.Name) || strings.Contains(path, g.UUID) {
+			found = append(found, domainNumber.ReplaceAllString(path, ""))
+		}
+		return nil
+	})
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	return found
+}
+
+// atRest is what is left of a guest that has ended.
+func (t traces) atRest() traces {
+	var left traces
+	for _, trace := range t {
+		switch name, state, is := strings.Cut(trace, " "); {
+		case is && state == "running":
+			left = append(left, name+" shut off")
+		case strings.HasPrefix(trace, "/libvirt/etc/"):
+			left = append(left, trace)
+		}
+	}
+	return left
+}
+
 // pid is that of a guest's QEMU on a host.
 func (c *cluster) pid(g lab.Guest, host string) (int, error) {
 	text, err := os.ReadFile(c.lab.Outside(host, "/run/libvirt/qemu/"+g.Name+".pid"))
@@ -127,10 +181,32 @@ func (c *cluster) capabilities(g lab.Guest, host string) (string, error) {
 	return strings.Join(on, " "), nil
 }
 
-// parameters are the migration parameters of a guest's QEMU.
-func (c *cluster) parameters(g lab.Guest, host string) string {
+// settings are the migration settings of a guest's QEMU, which a migration may not
+// change.
+type settings struct {
+	capabilities string // those that are on
+	parameters   string // empty if they cannot be compared
+}
+
+func (c *cluster) settings(g lab.Guest, host string) settings {
 	c.t.Helper()
-	return c.virsh(host, "qemu-monitor-command", g.Name, "--hmp", "info migrate_parameters")
+	on, err := c.capabilities(g, host)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	return settings{capabilities: on, parameters: c.virsh(host, "qemu-monitor-command", g.Name, "--hmp", "info migrate_parameters")}
+}
+
+// sameSettings checks that a guest's QEMU has the settings of before.
+func (c *cluster) sameSettings(g lab.Guest, host string, before settings) {
+	c.t.Helper()
+	now := c.settings(g, host)
+	if now.capabilities != before.capabilities {
+		c.t.Errorf("capabilities %q on %s, were %q at first", now.capabilities, host, before.capabilities)
+	}
+	if before.parameters != "" && now.parameters != before.parameters {
+		c.t.Errorf("parameters on %s:\n%s\nat first:\n%s", host, now.parameters, before.parameters)
+	}
 }
 
 // diskOwner says whether the disk of a guest that runs is still QEMU's to open.

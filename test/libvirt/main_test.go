@@ -57,11 +57,8 @@ func setUp(ctx context.Context) (err error) {
 		return err
 	}
 	file := filepath.Join(work.dir, "init")
-	return errors.Join(os.WriteFile(file, init, 0o600), os.Setenv("LMCTL_GUEST_INIT", file), os.Mkdir(failpoints(), 0o700))
+	return errors.Join(os.WriteFile(file, init, 0o600), os.Setenv("LMCTL_GUEST_INIT", file))
 }
-
-// failpoints is where agents look for the states that they are to stop at.
-func failpoints() string { return filepath.Join(work.dir, "failpoints") }
 
 func tearDown() error {
 	var err error

@@ -20,21 +20,12 @@ func TestRelay(t *testing.T) {
 	spec.WorkingSet, spec.DirtyRate = 32<<20, lab.Unbounded
 	g := c.start(spec)
 	defer c.remove(g)
-	capabilities, err := c.capabilities(g, "host1")
-	if err != nil {
-		t.Fatal(err)
-	}
-	parameters := c.parameters(g, "host1")
+	before := c.settings(g, "host1")
 	asBefore := func(host string) {
 		t.Helper()
 		c.healthy(g, host)
 		c.nothingLeft(g, host)
-		if now, err := c.capabilities(g, host); err != nil || now != capabilities {
-			t.Errorf("capabilities %q on %s, were %q at first (%v)", now, host, capabilities, err)
-		}
-		if now := c.parameters(g, host); now != parameters {
-			t.Errorf("parameters on %s:\n%s\nat first:\n%s", host, now, parameters)
-		}
+		c.sameSettings(g, host, before)
 	}
 	options := &lmctlv1.MigrationOptions{Mode: string(migrate.Relay), MaxPasses: proto.Int32(2)}
 	t.Log(words(c.relay(g, "host1", "host2", options)))

@@ -134,24 +134,9 @@ func (s *shapeCase) refused(options *lmctlv1.MigrationOptions) {
 }
 
 func (s *shapeCase) thereAndBack() {
-	before := s.settings("host1")
+	before := s.settings(s.guest, "host1")
 	s.leg("host1", "host2", before)
 	s.leg("host2", "host1", before)
-}
-
-// settings are those of a guest's QEMU that a migration may not change.
-type settings struct {
-	capabilities string
-	parameters   string // empty if they cannot be compared
-}
-
-func (s *shapeCase) settings(host string) settings {
-	s.t.Helper()
-	on, err := s.capabilities(s.guest, host)
-	if err != nil {
-		s.t.Fatal(err)
-	}
-	return settings{capabilities: on, parameters: s.parameters(s.guest, host)}
 }
 
 // leg moves the guest, and sees that it is an ordinary one at once, with the
@@ -173,13 +158,7 @@ func (s *shapeCase) leg(from, to string, before settings) {
 	if known := strings.Fields(s.virsh(from, "list", "--all", "--name")); slices.Contains(known, s.guest.Name) {
 		s.t.Errorf("%s still knows it", from)
 	}
-	now := s.settings(to)
-	if now.capabilities != before.capabilities {
-		s.t.Errorf("capabilities %q on %s, were %q at first", now.capabilities, to, before.capabilities)
-	}
-	if before.parameters != "" && now.parameters != before.parameters {
-		s.t.Errorf("parameters on %s:\n%s\nat first:\n%s", to, now.parameters, before.parameters)
-	}
+	s.sameSettings(s.guest, to, before)
 	s.ordinary(to)
 }
 

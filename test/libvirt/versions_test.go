@@ -1,10 +1,7 @@
 package libvirt
 
 import (
-	"context"
-	"errors"
 	"fmt"
-	"os"
 	"os/exec"
 	"strconv"
 	"strings"
@@ -26,20 +23,9 @@ func olderAndNewer(t *testing.T) *cluster {
 	if err != nil {
 		t.Fatal(err)
 	}
-	o := options("versions", lab.Options{Hosts: 3, MemoryLimit: 1 << 30})
+	o := lab.Options{Hosts: 3, MemoryLimit: 1 << 30}
 	o.Libvirt.Installations = map[string]lab.Installation{"host2": newer, "host3": newer}
-	l, err := lab.Up(t.Context(), o)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), patience)
-		defer cancel()
-		if err := lab.Down(ctx, l.Dir()); err != nil {
-			t.Error(err)
-		}
-	})
-	return clusterOf(t, l)
+	return ownCluster(t, "versions", o)
 }
 
 // versions are what runs on a host, in virsh's words.
@@ -80,7 +66,7 @@ func TestVersions(t *testing.T) {
 				t.Parallel()
 				s := c.shape(t, shape, "host2", &moved)
 				defer s.remove(s.guest)
-				before := s.settings("host2")
+				before := s.settings(s.guest, "host2")
 				s.leg("host2", "host3", before)
 				s.leg("host3", "host2", before)
 			})
@@ -130,7 +116,7 @@ func (c *cluster) upgrade(t *testing.T, into *table) {
 	s := c.shape(t, domain.Case{Name: "older-pc", Memory: 128 << 20, VCPUs: 1, Shape: domain.Shape{Machine: machine}}, "host1", into)
 	defer s.remove(s.guest)
 	// What parameters there are, and with which values, changes with QEMU.
-	s.leg("host1", "host2", settings{capabilities: s.settings("host1").capabilities})
+	s.leg("host1", "host2", settings{capabilities: s.settings(s.guest, "host1").capabilities})
 	if xml := s.virsh("host2", "dumpxml", s.guest.Name); !strings.Contains(xml, "machine='"+machine+"'") {
 		t.Errorf("on host2 it is no %s any more:\n%s", machine, xml)
 	}
@@ -150,7 +136,7 @@ func (c *cluster) upgrade(t *testing.T, into *table) {
 		t.Errorf("host1 knows %q", known)
 	}
 	s.ordinary("host2")
-	s.leg("host2", "host3", s.settings("host2"))
+	s.leg("host2", "host3", s.settings(s.guest, "host2"))
 }
 
 // interrupted ends the destination's agent when all is there: libvirt has made the
@@ -160,23 +146,15 @@ func (c *cluster) interrupted(t *testing.T) {
 	spec.Host = "host2"
 	g := c.start(spec)
 	defer c.remove(g)
-	file := point{"destination", migrate.DestReady}.file()
-	if err := os.WriteFile(file, nil, 0o600); err != nil {
-		t.Fatal(err)
-	}
+	stop := c.hold(point{"destination", migrate.DestReady})
 	if _, err := c.begin(g.Name, "host2", "host3", &lmctlv1.MigrationOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	c.eventually("the destination is ready", func() error {
-		_, err := os.Stat(file + ".reached")
-		return err
-	})
+	c.reached(stop)
 	if err := c.lab.KillAgent(c.context(), "host3"); err != nil {
 		t.Fatal(err)
 	}
-	if err := errors.Join(os.Remove(file), os.Remove(file+".reached")); err != nil {
-		t.Fatal(err)
-	}
+	c.release(stop)
 	c.startDaemon("host3", lab.Agent)
 	c.known(g, "host2")
 	c.healthy(g, "host2")

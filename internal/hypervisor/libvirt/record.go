@@ -93,6 +93,11 @@ func (f files) tidy() error {
 	return err
 }
 
+// endSuspension removes what there is of a suspension.
+func (f files) endSuspension() error {
+	return errors.Join(os.RemoveAll(f.stream()), removeFile(f.suspension()), f.tidy())
+}
+
 // remove removes all files of a domain.
 func (f files) remove() error { return os.RemoveAll(f.dir) }
 

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 	"time"
 
 	lv "github.com/digitalocean/go-libvirt"
@@ -50,6 +49,9 @@ func (s *Guest) resume(ctx context.Context) error {
 		return err
 	}
 	if err := s.g.revive(ctx, l); err != nil {
+		if errors.Is(err, errGuestEnded) {
+			err = errors.Join(err, s.g.look(ctx, l)) // nothing of its suspension is to stay
+		}
 		return err
 	}
 	err = s.caught.Close()
@@ -145,7 +147,7 @@ func (g *domain) restore(ctx context.Context, l *link) error {
 		err = g.setIgnoreShared(ctx, l, false)
 	}
 	if err == nil {
-		err = errors.Join(os.RemoveAll(g.files.stream()), removeFile(g.files.suspension()), g.files.tidy())
+		err = g.files.endSuspension()
 	}
 	if err != nil {
 		return err

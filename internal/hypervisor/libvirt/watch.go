@@ -287,6 +287,11 @@ func (g *domain) seen(f facts, state hypervisor.State, word string) error {
 	if learners != nil && keep == nil {
 		errs = append(errs, learners.Close())
 	}
+	if !active {
+		// After the flag, so that one that is suspended just now is either seen
+		// to be or cleared up after by Resume.
+		errs = append(errs, g.files.endSuspension())
+	}
 	return errors.Join(errs...)
 }
 

@@ -1,0 +1,301 @@
+package libvirt
+
+import (
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/lmctl/lmctl/internal/api/lmctlv1"
+	"github.com/lmctl/lmctl/internal/lab"
+	"github.com/lmctl/lmctl/internal/lab/domain"
+	"github.com/lmctl/lmctl/migrate"
+)
+
+// point is a state of a migration, on one side, that agents are held at.
+type point struct {
+	role  string
+	state migrate.State
+}
+
+func (p point) String() string { return p.role + "." + string(p.state) }
+
+// points are all states of a migration that succeeds.
+func points() []point {
+	var all []point
+	for _, s := range []migrate.State{
+		migrate.SourcePreparing, migrate.SourceTracking, migrate.SourceCopying, migrate.SourceSuspending,
+		migrate.SourceFinalCopy, migrate.SourceReadyWait, migrate.SourceCommitting, migrate.SourceCommitted,
+		migrate.SourceHandedOver, migrate.SourceReleasing,
+	} {
+		all = append(all, point{"source", s})
+	}
+	for _, s := range []migrate.State{
+		migrate.DestPreparing, migrate.DestReceiving, migrate.DestFinal, migrate.DestLoading,
+		migrate.DestReady, migrate.DestAccepted, migrate.DestRunning, migrate.DestOwned,
+	} {
+		all = append(all, point{"destination", s})
+	}
+	return all
+}
+
+// held is the file by which agents stop at a state.
+type held string
+
+// hold has the lab's agents stop at a state, until they are released.
+func (c *cluster) hold(p point) held {
+	c.t.Helper()
+	file := filepath.Join(failpoints(c.lab.Dir()), p.String())
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		c.t.Fatal(err)
+	}
+	return held(file)
+}
+
+// reached waits until an agent has stopped there.
+func (c *cluster) reached(h held) {
+	c.t.Helper()
+	c.eventually("the migration reaches "+filepath.Base(string(h)), func() error {
+		_, err := os.Stat(string(h) + ".reached")
+		return err
+	})
+}
+
+// release lets it go on. It may be repeated.
+func (c *cluster) release(h held) {
+	c.t.Helper()
+	for _, file := range []string{string(h), string(h) + ".reached"} {
+		if err := os.Remove(file); err != nil && !errors.Is(err, os.ErrNotExist) {
+			c.t.Error(err)
+		}
+	}
+}
+
+// TestFaults holds a migration at states of either side, does each of the faults
+// to it, restarts and heals, and checks that the guest runs once, unharmed, or
+// is gone where it was killed, and that nothing else is left.
+func TestFaults(t *testing.T) {
+	var lanes sync.WaitGroup
+	for _, mode := range []migrate.Mode{migrate.Direct, migrate.Relay} {
+		for _, role := range []string{"source", "destination"} {
+			name := string(mode) + "/" + role
+			if !all {
+				t.Run(name, func(t *testing.T) { lane(newCluster(t), mode, role) })
+				continue
+			}
+			// Most of a cell's time libvirt or a timeout is waited for, so that four
+			// labs side by side take little more than one.
+			lanes.Go(func() {
+				t.Run(name, func(t *testing.T) {
+					lane(ownCluster(t, string(mode)+"-"+role, lab.Options{Hosts: 2, MemoryLimit: 1 << 30}), mode, role)
+				})
+			})
+		}
+	}
+	lanes.Wait()
+}
+
+// lane is the part of the matrix in which migrations of one mode are held on one
+// side.
+func lane(c *cluster, mode migrate.Mode, role string) {
+	var guest *lab.Guest
+	defer func() {
+		if guest != nil {
+			c.remove(*guest)
+		}
+	}()
+	for _, p := range points() {
+		for _, f := range faults {
+			if p.role != role || mode == migrate.Relay && !relayed(p.state) || !all && !slices.Contains(f.usual(mode), p.state) {
+				continue
+			}
+			c.t.Run(string(p.state)+"/"+f.name, func(t *testing.T) {
+				m := &cell{cluster: c.in(t), point: p, mode: mode}
+				m.ready(guest)
+				guest = nil // unless it comes out of this well
+				if m.run(f) {
+					guest = &m.guest
+				}
+			})
+		}
+	}
+}
+
+// relayed says whether migrations in relay mode have a state.
+func relayed(s migrate.State) bool { return s != migrate.DestLoading }
+
+// cell is one of the matrix.
+type cell struct {
+	*cluster
+	point point
+	mode  migrate.Mode
+	guest lab.Guest
+	id    string
+
+	before    map[string]traces // of the guest, by host, when nothing was done yet
+	told      settings          // by its QEMU, then
+	killed    map[string]bool   // hosts whose copy was ended
+	ranAtKill bool              // the destination's copy, and its CPUs may have run
+	endedOn   string            // the host it ended on
+	suspended bool              // another hand wanted it to stand still
+}
+
+// ready has a guest run on host1: the one of the cell before, moved back if need
+// be, or a new one.
+func (m *cell) ready(g *lab.Guest) {
+	m.killed = make(map[string]bool)
+	if g == nil {
+		m.guest = m.start(flatSpec("cell-"+strings.ToLower(rand.Text()[:8]), domain.Shape{}))
+		return
+	}
+	m.guest = *g
+	info, err := m.cluster.guest("host2", g.Name)
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	if info != nil {
+		m.move(*g, "host2", "host1")
+	}
+}
+
+// run does the fault and reports whether the guest runs on, having failed the
+// test if it should and does not.
+func (m *cell) run(f fault) (lives bool) {
+	m.look()
+	w := m.watch()
+	stop := m.hold(m.point)
+	defer func() {
+		m.release(stop) // also when the cell has failed
+		if !lives {
+			m.giveUp()
+		}
+	}()
+	var err error
+	if m.id, err = m.begin(m.guest.Name, "host1", "host2", &lmctlv1.MigrationOptions{Mode: string(m.mode)}); err != nil {
+		m.t.Fatal(err)
+	}
+	m.reached(stop)
+	f.do(m)
+	m.release(stop)
+	if f.undo != nil {
+		f.undo(m)
+	}
+	host := m.settled()
+	if host != "" {
+		m.healthy(m.guest, host)
+	}
+	w.neverTwice()
+	m.nothingLeft(m.guest, host)
+	m.asBefore(host)
+	return host != "" && !m.t.Failed()
+}
+
+// look notes what there is of the guest.
+func (m *cell) look() {
+	m.before = make(map[string]traces)
+	for _, h := range m.lab.Hosts() {
+		m.before[h] = m.traces(m.guest, h)
+	}
+	m.told = m.settings(m.guest, "host1")
+}
+
+// asBefore checks that each host has of the guest what host1 and host2 had of it
+// before, whichever has it now. None does if it has ended: of that its definition
+// is left, where it was last.
+func (m *cell) asBefore(host string) {
+	m.t.Helper()
+	for _, h := range m.lab.Hosts() {
+		want := m.before["host2"]
+		switch {
+		case h == host:
+			want = m.before["host1"]
+		case host == "" && m.endedOn == h:
+			want = m.before["host1"].atRest()
+		}
+		m.eventually("virsh list and files on "+h+" are as before", func() error {
+			if got := m.traces(m.guest, h); !slices.Equal(got, want) {
+				return fmt.Errorf("there is %q, and was %q", got, want)
+			}
+			return nil
+		})
+	}
+	if host != "" {
+		m.sameSettings(m.guest, host, m.told)
+	}
+}
+
+// giveUp ends a guest whose migration may still be under way, and daemons that
+// may still be dead.
+func (m *cell) giveUp() {
+	ctx := m.context()
+	if _, err := m.lab.StartDead(ctx); err != nil {
+		m.t.Error(err)
+	}
+	_, _ = m.clients["host1"].Migrations.Cancel(ctx, &lmctlv1.MigrationRequest{Id: m.id}) // it may have ended
+	for _, h := range m.lab.Hosts() {
+		for ctx.Err() == nil {
+			g, err := m.cluster.guest(h, m.guest.Name)
+			if err == nil && (g == nil || g.Migration == "" && g.Busy == "") {
+				break
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+	}
+	m.remove(m.guest)
+}
+
+// settled waits until both agents agree on where the guest is, and returns the
+// host that runs it, or none if it has ended.
+func (m *cell) settled() (host string) {
+	m.t.Helper()
+	m.eventually("both hosts settle", func() (err error) {
+		var running, ended []string
+		for _, h := range m.lab.Hosts() {
+			g, err := m.cluster.guest(h, m.guest.Name)
+			switch {
+			case err != nil:
+				return err
+			case g == nil:
+			case g.Busy != "" || g.Migration != "":
+				return fmt.Errorf("it is busy on %s: %s %s", h, g.Busy, g.Migration)
+			case g.Ownership.GetState() != "owned":
+				return fmt.Errorf("on %s it is %s, %s: %s", h, g.State, g.Ownership.GetState(), g.Advice)
+			case g.State == "running" && m.killed[h]:
+				return fmt.Errorf("%s has not noticed yet that its copy was ended", h)
+			case g.State == "paused" && m.suspended:
+				if _, err := m.lab.Output(m.context(), h, "virsh", "resume", m.guest.Name); err != nil {
+					return err
+				}
+				return errors.New("it stood still, as it was told")
+			case g.State == "running":
+				running = append(running, h)
+			case g.State == "stopped":
+				ended = append(ended, h)
+			default:
+				return fmt.Errorf("the guest is %s on %s: %s", g.State, h, g.Advice)
+			}
+		}
+		switch {
+		case len(running) == 1 && len(ended) == 0:
+			host = running[0]
+			return nil
+		case len(running) == 0 && len(ended) == 1 && m.mayHaveEnded(ended[0]):
+			host, m.endedOn = "", ended[0]
+			return nil
+		}
+		return fmt.Errorf("running on %q, ended on %q", running, ended)
+	})
+	return host
+}
+
+// mayHaveEnded says whether the guest may be dead on a host: only where its one
+// running copy was ended.
+func (m *cell) mayHaveEnded(host string) bool {
+	return m.killed[host] && (host == "host1" || m.ranAtKill)
+}
