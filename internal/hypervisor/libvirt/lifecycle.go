@@ -99,7 +99,7 @@ func (g *domain) expected() (string, bool) {
 	if text := g.shell.record.Persistent; text != "" {
 		return text, true
 	}
-	return g.shell.definition, true
+	return g.shell.definition, g.shell.definition != ""
 }
 
 // inactiveXML is the domain's XML for its next start, with its secrets.

@@ -134,15 +134,11 @@ func (g *domain) takeUp() error {
 	var r shellRecord
 	err := read(g.files.shell(), &r)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil
+		return nil // or it runs, and has arrived meanwhile
 	}
 	if err != nil {
 		return err
 	}
 	g.tell(func() { g.brought = r.Cards })
-	if g.runs() {
-		// It was told to run, and the rest is still to be done.
-		g.d.wg.Go(func() { g.settleIn(r) })
-	}
 	return nil
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"os"
 	"sync"
@@ -55,13 +56,14 @@ func (d *Driver) ShellOf(name string) (_ hypervisor.Shell, ran bool, err error) 
 		return nil, false, err
 	}
 	s := &Shell{g: g, done: done, finished: true}
-	g.mu.Lock()
-	s.proc = g.proc
-	g.mu.Unlock()
 	if err := read(g.files.shell(), &s.record); err != nil && !errors.Is(err, os.ErrNotExist) {
 		done()
 		return nil, false, fmt.Errorf("take over guest %s: %w", name, err)
 	}
+	g.mu.Lock()
+	s.proc = g.proc
+	g.shell = s
+	g.mu.Unlock()
 	// The mark is there before the domain is told to run, so that one that
 	// cannot be looked for counts.
 	s.ran = there(g.files.resumed()) || g.runs()
@@ -198,6 +200,9 @@ func (s *Shell) Resume(ctx context.Context) error {
 	}
 	if err := s.run(ctx); err != nil {
 		err = errors.Join(err, s.letGo())
+		if s.ran && s.g.runs() {
+			s.g.d.wg.Go(s.g.arrive) // else it arrives when it is seen to run
+		}
 		return fmt.Errorf("run guest %s: %w", s.g.name, err)
 	}
 	s.ran, s.resumed = true, true
@@ -254,6 +259,39 @@ func (s *Shell) run(ctx context.Context) error {
 		return err
 	}
 	return errors.Join(notStarted(err), removeFile(s.g.files.resumed()))
+}
+
+// arrive does what is still to be done about a domain that was told to run here,
+// and does, but whose shell is not there any more: the agent that told it died,
+// or libvirtd did before it could say so.
+func (g *domain) arrive() {
+	var r shellRecord
+	done, err := g.beginWhenFree("incoming migration")
+	if err == nil {
+		defer done()
+		err = read(g.files.shell(), &r)
+	}
+	switch {
+	case errors.Is(err, fs.ErrNotExist): // it has arrived meanwhile
+	case err == nil:
+		g.tell(func() { g.brought = r.Cards })
+		g.settleIn(r)
+	case g.d.ctx.Err() == nil:
+		g.d.log.Error("make what came an ordinary domain", "guest", g.name, "error", err)
+	}
+}
+
+// beginWhenFree is begin, once nothing else holds the domain.
+func (g *domain) beginWhenFree(operation string) (done func(), err error) {
+	for {
+		done, err := g.begin(operation)
+		if busy := (*hypervisor.BusyError)(nil); !errors.As(err, &busy) {
+			return done, err
+		}
+		if err := pause(g.d.ctx); err != nil {
+			return nil, err
+		}
+	}
 }
 
 // settleTimeout bounds what is done about a domain that runs here now.

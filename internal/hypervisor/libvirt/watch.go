@@ -261,7 +261,7 @@ func (g *domain) seen(f facts, state hypervisor.State, word string) error {
 		proc = nil
 	}
 	obstacles := append(deviceReasons(f.xml), proc.obstacles()...)
-	keep := learners
+	keep, arrived := learners, false
 	switch {
 	case state == hypervisor.StateRunning && learners == nil:
 		keep = nics.Learn(g.d.ctx, g.d.log, g.name, f.cards)
@@ -275,6 +275,7 @@ func (g *domain) seen(f facts, state hypervisor.State, word string) error {
 			g.end = nil
 		}
 		if state == hypervisor.StateRunning {
+			arrived = g.incoming && g.shell == nil
 			g.incoming = false
 		}
 		if !active {
@@ -286,6 +287,9 @@ func (g *domain) seen(f facts, state hypervisor.State, word string) error {
 	}
 	if learners != nil && keep == nil {
 		errs = append(errs, learners.Close())
+	}
+	if arrived {
+		g.d.wg.Go(g.arrive)
 	}
 	if !active {
 		// After the flag, so that one that is suspended just now is either seen
