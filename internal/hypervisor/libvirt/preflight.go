@@ -104,7 +104,7 @@ func gatherFiles(x *libvirtxml.Domain) []storage.Seen {
 		case disk.ReadOnly != nil:
 			seen = append(seen, storage.Content(path))
 		default:
-			seen = append(seen, storage.Disk(path, formatOf(disk)))
+			seen = append(seen, storage.Disk(path, formatOf(disk))...)
 		}
 	}
 	return seen

@@ -18,7 +18,7 @@ func gatherFiles(def *Definition) []storage.Seen {
 		}
 	}
 	for i := range def.Disks {
-		seen = append(seen, storage.Disk(def.Disks[i].Path, def.Disks[i].Format))
+		seen = append(seen, storage.Disk(def.Disks[i].Path, def.Disks[i].Format)...)
 	}
 	return seen
 }

@@ -19,13 +19,7 @@ type Seen struct {
 
 // Content looks at a file that both hosts have a copy of.
 func Content(path string) Seen {
-	f, err := OfContent(path)
-	return Seen{path, f, err}
-}
-
-// Disk looks at a disk that both hosts must see; see OfDisk.
-func Disk(path, format string) Seen {
-	f, err := OfDisk(path, format)
+	f, err := ofContent(path)
 	return Seen{path, f, err}
 }
 
@@ -44,12 +38,11 @@ func All(seen []Seen) ([]Facts, error) {
 // sees.
 func Compare(here []Seen, there []Facts) hypervisor.Checks {
 	var c hypervisor.Checks
-	if len(here) != len(there) {
-		c.Fail("files", fmt.Sprintf("the source describes %d files, its definition names %d", len(there), len(here)), "")
-		return c
-	}
 	for i, s := range here {
 		switch {
+		case i >= len(there):
+			// More than one host has: of what is below a disk that is not the same,
+			// there may be more or less.
 		case errors.Is(s.Err, os.ErrNotExist):
 			c.Fail("file "+s.Path, s.Err.Error()+" on this host", "make it reachable under this path")
 		case s.Err != nil:
@@ -59,6 +52,9 @@ func Compare(here []Seen, there []Facts) hypervisor.Checks {
 		default:
 			s.Facts.compare(&c, there[i])
 		}
+	}
+	if len(here) != len(there) && c.OK() {
+		c.Fail("files", fmt.Sprintf("the guest uses %d files here and %d at the source", len(here), len(there)), "see which files its disks stand on, with qemu-img info --backing-chain")
 	}
 	return c
 }
@@ -71,6 +67,8 @@ func (here Facts) compare(c *hypervisor.Checks, there Facts) {
 	}
 	size := humanize.IBytes(uint64(max(here.Size, 0)))
 	switch {
+	case here.Elsewhere:
+		c.Warn(here.name(), "QEMU reaches it by itself, so that it was not compared", "make sure that it is the same on both hosts")
 	case !here.Shared && (here.Size != there.Size || here.Hash != there.Hash):
 		fail("copy the file from there", "its content is not the source's")
 	case !here.Shared:
@@ -93,6 +91,9 @@ func (here Facts) compare(c *hypervisor.Checks, there Facts) {
 
 // name is what the file is called in a check.
 func (here Facts) name() string {
+	if here.Backing {
+		return "backing file " + here.Path
+	}
 	if here.Shared {
 		return "disk " + here.Path
 	}

@@ -15,14 +15,14 @@ func TestCompare(t *testing.T) {
 	dir := t.TempDir()
 	path := func(name string) string { return filepath.Join(dir, name) }
 	for _, name := range []string{"kernel", "disk"} {
-		if err := os.WriteFile(path(name), []byte("QFI\xfb and so on"), 0o600); err != nil {
+		if err := os.WriteFile(path(name), []byte("QFI\xfb, not more"), 0o600); err != nil {
 			t.Fatal(err)
 		}
 	}
 	if err := unix.Mkfifo(path("fifo"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	kernel, disk := Content(path("kernel")), Disk(path("disk"), "qcow2")
+	kernel, disk := Content(path("kernel")), Disk(path("disk"), "")[0]
 	facts, err := All([]Seen{kernel, disk})
 	if err != nil {
 		t.Fatal(err)
@@ -37,7 +37,8 @@ func TestCompare(t *testing.T) {
 		want    string
 	}{
 		{"the same", []Seen{kernel, disk}, facts, hypervisor.Pass, "a file of 14 B, the same at the source"},
-		{"how many", []Seen{kernel}, facts, hypervisor.Fail, "describes 2 files"},
+		{"fewer", []Seen{kernel}, facts, hypervisor.Fail, "1 files here and 2 at the source"},
+		{"more", []Seen{kernel, disk}, facts[:1], hypervisor.Fail, "2 files here and 1 at the source"},
 		{"which", []Seen{disk}, facts[:1], hypervisor.Fail, "in the place of"},
 		{"content", []Seen{kernel}, altered(facts[0], func(f *Facts) { f.Hash++ }), hypervisor.Fail, "its content is not the source's"},
 		{"size", []Seen{disk}, altered(facts[1], func(f *Facts) { f.Size++ }), hypervisor.Fail, "14 here and 15 at the source"},
@@ -45,10 +46,10 @@ func TestCompare(t *testing.T) {
 		{"kind", []Seen{disk}, altered(facts[1], func(f *Facts) { f.Block = true }), hypervisor.Fail, "a file here and a block device at the source"},
 		{"device", []Seen{dm}, altered(dm.Facts, func(f *Facts) { f.Identity = "mpath-2" }), hypervisor.Fail, "another device here"},
 		{"device without a name", []Seen{dm}, altered(dm.Facts, func(f *Facts) { f.Identity = "" }), hypervisor.Warn, "no name of it to compare"},
-		{"nothing", []Seen{Disk(path("none"), "")}, []Facts{{Path: path("none")}}, hypervisor.Fail, "on this host"},
-		{"a FIFO as a disk", []Seen{Disk(path("fifo"), "")}, []Facts{{Path: path("fifo")}}, hypervisor.Fail, "neither a file"},
+		{"nothing", Disk(path("none"), ""), []Facts{{Path: path("none")}}, hypervisor.Fail, "on this host"},
+		{"a FIFO as a disk", Disk(path("fifo"), ""), []Facts{{Path: path("fifo")}}, hypervisor.Fail, "neither a file"},
 		{"a FIFO as a kernel", []Seen{Content(path("fifo"))}, []Facts{{Path: path("fifo")}}, hypervisor.Fail, "is no file"},
-		{"format", []Seen{Disk(path("fifo"), "qcow2")}, []Facts{{Path: path("fifo")}}, hypervisor.Fail, "neither a file"},
+		{"format", Disk(path("kernel"), "qcow2"), []Facts{{Path: path("kernel")}}, hypervisor.Fail, "is no qcow2 image"},
 	} {
 		c := Compare(test.here, test.there)
 		last := c[len(c)-1]

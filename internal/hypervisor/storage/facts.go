@@ -2,8 +2,6 @@
 package storage
 
 import (
-	"encoding/binary"
-	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -29,13 +27,17 @@ type Facts struct {
 	Identity string `json:"identity,omitempty"`
 	Hash     uint64 `json:"hash,omitempty"` // xxhash of the content, of files that are not shared
 	Format   string `json:"format,omitempty"`
+	Backing  bool   `json:"backing,omitempty"` // a disk's image stands on it
+	// Elsewhere is a backing file that is no file: QEMU reaches it by itself, over
+	// the network for instance.
+	Elsewhere bool `json:"elsewhere,omitempty"`
 }
 
 // maxContent bounds a firmware, kernel or initrd in bytes.
 const maxContent = 4 << 30
 
-// OfContent looks at a file that both hosts have a copy of: a kernel, a firmware.
-func OfContent(path string) (Facts, error) {
+// ofContent looks at a file that both hosts have a copy of: a kernel, a firmware.
+func ofContent(path string) (Facts, error) {
 	// O_NONBLOCK: a FIFO must not hold us up.
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
 	if err != nil {
@@ -58,51 +60,6 @@ func OfContent(path string) (Facts, error) {
 		return Facts{}, fmt.Errorf("read %s: %w", path, err)
 	}
 	return Facts{Path: path, Size: n, Hash: sum.Sum64()}, nil
-}
-
-// OfDisk looks at a disk that both hosts must see: a file or a block device, of
-// an image format, or empty for any.
-func OfDisk(path, format string) (_ Facts, err error) {
-	// O_NONBLOCK: a FIFO must not hold us up.
-	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
-	if err != nil {
-		return Facts{}, &os.PathError{Op: "open", Path: path, Err: err}
-	}
-	f := os.NewFile(uintptr(fd), path)
-	defer func() { err = errors.Join(err, f.Close()) }()
-	var st unix.Stat_t
-	if err := unix.Fstat(fd, &st); err != nil {
-		return Facts{}, &os.PathError{Op: "stat", Path: path, Err: err}
-	}
-	facts := Facts{Path: path, Shared: true, Format: format, Size: st.Size}
-	switch st.Mode & unix.S_IFMT {
-	case unix.S_IFREG:
-		facts.Inode = st.Ino
-	case unix.S_IFBLK:
-		facts.Block = true
-		if facts.Size, err = f.Seek(0, io.SeekEnd); err != nil {
-			return Facts{}, err
-		}
-		facts.Identity = blockIdentity(unix.Major(st.Rdev), unix.Minor(st.Rdev))
-	default:
-		return Facts{}, fmt.Errorf("%s is neither a file nor a block device", path)
-	}
-	return facts, checkFormat(f, path, format)
-}
-
-// checkFormat looks for qcow2's magic: a wrong format would show the guest
-// another disk.
-func checkFormat(f *os.File, path, format string) error {
-	var magic [4]byte
-	_, err := f.ReadAt(magic[:], 0)
-	if err != nil && !errors.Is(err, io.EOF) {
-		return fmt.Errorf("read %s: %w", path, err)
-	}
-	const qcow = 0x514649fb
-	if format == "qcow2" && binary.BigEndian.Uint32(magic[:]) != qcow {
-		return fmt.Errorf("%s is no qcow2 image, as its definition says", path)
-	}
-	return nil
 }
 
 // blockIdentity is a name of the device that does not depend on the host.
