@@ -82,8 +82,9 @@ func (c *cluster) noFiles(g lab.Guest, host string) error {
 }
 
 // traces is what a host has of a guest: its line in virsh list, and all files by
-// its name or UUID but logs, disks and what an agent remembers of guests. Numbers
-// that libvirt gives to those that run are left out.
+// its name or UUID but logs, disks, what an agent remembers of guests, and what a
+// libvirtd leaves half written when it is killed. Numbers that libvirt gives to
+// those that run are left out.
 type traces []string
 
 var domainNumber = regexp.MustCompile(`\b\d+-`)
@@ -108,7 +109,8 @@ func (c *cluster) traces(g lab.Guest, host string) traces {
 		if path == "/libvirt/log" || path == "/state" {
 			return fs.SkipDir
 		}
-		if strings.Contains(path, g.Name) || strings.Contains(path, g.UUID) {
+		halfWritten := strings.HasPrefix(path, "/run/libvirt/") && strings.HasSuffix(path, ".new")
+		if !halfWritten && (strings.Contains(path, g.Name) || strings.Contains(path, g.UUID)) {
 			found = append(found, domainNumber.ReplaceAllString(path, ""))
 		}
 		return nil
