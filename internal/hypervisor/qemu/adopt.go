@@ -92,6 +92,9 @@ func (v *vm) adopt(ctx context.Context) error {
 	var id processID
 	err := readJSON(v.files.process(), &id)
 	if errors.Is(err, fs.ErrNotExist) {
+		if err := v.endUnnoted(ctx); err != nil {
+			return err
+		}
 		return v.adoptStopped("")
 	}
 	if err != nil {

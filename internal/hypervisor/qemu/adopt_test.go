@@ -4,12 +4,15 @@ import (
 	"context"
 	"errors"
 	"os"
+	"strings"
 	"testing"
 	"time"
 
+	"github.com/google/uuid"
 	"golang.org/x/sys/unix"
 
 	"github.com/lmctl/lmctl/internal/hypervisor"
+	"github.com/lmctl/lmctl/internal/testenv"
 )
 
 // Guests outlive their agent, and the next one finds them.
@@ -143,6 +146,97 @@ func TestAdoptUnreachable(t *testing.T) {
 		t.Fatal(err)
 	}
 	h.await(t, "sector", hypervisor.StateRunning)
+}
+
+// An agent that dies between starting a QEMU and noting its process leaves none
+// that nobody knows, whether it was to run a guest or to take one in.
+func TestAdoptUnnoted(t *testing.T) {
+	for name, incoming := range map[string]bool{"start": false, "shell": true} {
+		t.Run(name, func(t *testing.T) {
+			testenv.TCG(t)
+			h := newHost(t)
+			if _, err := h.Define([]byte(guestYAML(t, "sector", uuid.NewString(), AcceleratorTCG, idleSector))); err != nil {
+				t.Fatal(err)
+			}
+			v, err := h.lookup("sector")
+			if err != nil {
+				t.Fatal(err)
+			}
+			run, err := h.resolve(testContext(t), v.def)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := v.launch(testContext(t), run, incoming); err != nil {
+				t.Fatal(err)
+			}
+			pidfd := h.abandon(t, v)
+			h.open(t)
+			awaitExit(t, pidfd)
+			if i, err := h.Get("sector"); err != nil || i.State != hypervisor.StateStopped {
+				t.Errorf("afterwards: %+v, %v", i, err)
+			}
+			if _, err := os.Stat(v.files.run); !errors.Is(err, os.ErrNotExist) {
+				t.Errorf("its run folder is left (%v)", err)
+			}
+		})
+	}
+	t.Run("runs", func(t *testing.T) { // somebody has removed the file
+		h := newHost(t)
+		inst, _ := h.startSector(t, idleSector, "")
+		v, err := h.lookup("sector")
+		if err != nil {
+			t.Fatal(err)
+		}
+		noted, err := os.ReadFile(v.files.process())
+		if err != nil {
+			t.Fatal(err)
+		}
+		h.abandon(t, v)
+		if h.Driver, err = New(h.cfg); err != nil {
+			t.Fatal(err)
+		}
+		if err := h.Adopt(testContext(t)); err == nil || !strings.Contains(err.Error(), "its QEMU is running") {
+			t.Errorf("adopted: %v", err)
+		}
+		if i, err := h.Get("sector"); err != nil || i.State != hypervisor.StateUnreachable {
+			t.Errorf("it is %+v, %v", i, err)
+		}
+		if err := os.WriteFile(v.files.process(), noted, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		h.restart(t)
+		if i, err := h.Get("sector"); err != nil || i.State != hypervisor.StateRunning || i.PID != inst.proc.id.PID {
+			t.Errorf("noted again: %+v, %v", i, err)
+		}
+	})
+}
+
+// abandon is an agent's death before it has noted a guest's process, of which it
+// returns a pidfd.
+func (h *host) abandon(t *testing.T, v *vm) int {
+	t.Helper()
+	pidfd, err := v.inst.proc.duplicate()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Close(pidfd); err != nil {
+			t.Error(err)
+		}
+	})
+	if err := errors.Join(h.Close(), os.Remove(v.files.process())); err != nil {
+		t.Fatal(err)
+	}
+	return pidfd
+}
+
+// awaitExit waits until a process has ended.
+func awaitExit(t *testing.T, pidfd int) {
+	t.Helper()
+	fds := []unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}
+	if n, err := unix.Poll(fds, int(patience.Milliseconds())); err != nil || n != 1 {
+		t.Fatalf("the process does not end: %d, %v", n, err)
+	}
 }
 
 // A guest of which it cannot be found out whether it runs is not taken for one
