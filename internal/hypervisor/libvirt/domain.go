@@ -39,6 +39,7 @@ type domain struct {
 	busy      string
 	gone      bool
 	lost      bool // libvirtd cannot be asked
+	awaited   bool // another look at it is about to come
 	// suspended and incoming are what our own migrations make of it; they are on
 	// disk too.
 	suspended bool

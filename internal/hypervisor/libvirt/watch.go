@@ -291,6 +291,9 @@ func (g *domain) seen(f facts, state hypervisor.State, word string) error {
 	if arrived {
 		g.d.wg.Go(g.arrive)
 	}
+	if active && proc == nil {
+		g.lookAgain()
+	}
 	if !active {
 		// After the flag, so that one that is suspended just now is either seen
 		// to be or cleared up after by Resume.
@@ -299,10 +302,52 @@ func (g *domain) seen(f facts, state hypervisor.State, word string) error {
 	return errors.Join(errs...)
 }
 
+// lookAgainAfter is the pause between two looks at a domain without a process.
+const lookAgainAfter = 500 * time.Millisecond
+
+// lookAgain looks at a domain until libvirt and its process agree. A libvirtd that
+// starts, and finds that a domain's QEMU has ended meanwhile, forgets a transient
+// domain without an event.
+func (g *domain) lookAgain() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.awaited || g.gone {
+		return
+	}
+	g.awaited = true
+	g.d.wg.Go(func() {
+		timer := time.NewTimer(lookAgainAfter)
+		defer timer.Stop()
+		select {
+		case <-timer.C:
+		case <-g.d.ctx.Done():
+			return
+		}
+		l, err := g.d.conn.await(g.d.ctx)
+		g.mu.Lock()
+		g.awaited = false
+		gone := g.gone
+		g.mu.Unlock()
+		if err == nil && !gone {
+			err = g.look(g.d.ctx, l)
+		}
+		if err != nil && g.d.ctx.Err() == nil {
+			g.d.log.Debug("look at a domain without a process", "guest", g.name, "error", err)
+		}
+	})
+}
+
 // vanished notes that libvirt knows the domain no more.
 func (g *domain) vanished() error {
-	err := g.d.forget(g)
-	return errors.Join(err, g.files.remove())
+	g.mu.Lock()
+	gone := g.gone
+	g.mu.Unlock()
+	if gone {
+		return nil // the files may be those of another of the same UUID by now
+	}
+	// The name is free once the files are gone.
+	err := g.files.remove()
+	return errors.Join(err, g.d.forget(g))
 }
 
 // pausedToMigrate is a domain's that comes from another host, or has stopped to go
