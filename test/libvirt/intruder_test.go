@@ -1,0 +1,35 @@
+package libvirt
+
+import (
+	"testing"
+
+	"github.com/lmctl/lmctl/internal/api/lmctlv1"
+	"github.com/lmctl/lmctl/internal/lab/domain"
+	"github.com/lmctl/lmctl/migrate"
+)
+
+// A copy that another hand has run at the destination before the guest was handed
+// over is ended when it is not: the guest is the copy at the source.
+func TestResumedTooEarly(t *testing.T) {
+	c := newCluster(t).in(t)
+	g := c.start(flatSpec("too-early", domain.Shape{}))
+	defer c.remove(g)
+	stop := c.hold(point{"destination", migrate.DestReady})
+	defer c.release(stop)
+	id, err := c.begin(g.Name, "host1", "host2", &lmctlv1.MigrationOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.reached(stop)
+	c.virsh("host2", "resume", g.Name)
+	if _, err := c.clients["host1"].Migrations.Cancel(t.Context(), &lmctlv1.MigrationRequest{Id: id}); err != nil {
+		t.Fatal(err)
+	}
+	c.release(stop)
+	if r, err := c.wait("host1", id); err != nil || r.Result != migrate.Cancelled {
+		t.Fatalf("cancelled: %+v, %v", r, err)
+	}
+	c.known(g, "host1")
+	c.healthy(g, "host1")
+	c.nothingLeft(g, "host1")
+}
