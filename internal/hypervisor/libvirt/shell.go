@@ -200,12 +200,15 @@ func (s *Shell) Resume(ctx context.Context) error {
 	}
 	if err := s.run(ctx); err != nil {
 		err = errors.Join(err, s.letGo())
-		if s.ran && s.g.runs() {
-			s.g.d.wg.Go(s.g.arrive) // else it arrives when it is seen to run
+		if s.ran {
+			err = errors.Join(err, s.g.owe(ctx, s.record))
 		}
 		return fmt.Errorf("run guest %s: %w", s.g.name, err)
 	}
 	s.ran, s.resumed = true, true
+	s.g.mu.Lock()
+	s.g.owed = &s.record
+	s.g.mu.Unlock()
 	s.g.d.wg.Go(func() {
 		s.g.settleIn(s.record)
 		s.mu.Lock()
@@ -261,6 +264,47 @@ func (s *Shell) run(ctx context.Context) error {
 	return errors.Join(notStarted(err), removeFile(s.g.files.resumed()))
 }
 
+// owe sees to it that a domain stays this host's that was told to run here, and
+// perhaps did, whatever has become of it: one that is gone is defined again, one
+// that runs arrives, and what the others come to will be seen.
+func (g *domain) owe(ctx context.Context, r shellRecord) error {
+	g.mu.Lock()
+	g.owed = &r
+	gone, runs, end := g.gone, g.state == hypervisor.StateRunning, g.end
+	g.mu.Unlock()
+	switch {
+	case gone && r.Persistent != "":
+		l, err := g.d.conn.await(ctx)
+		if err != nil {
+			return err
+		}
+		again, err := g.d.define(ctx, l, r)
+		if err != nil {
+			return err
+		}
+		again.mu.Lock()
+		again.end = end
+		again.mu.Unlock()
+		return again.look(ctx, l)
+	case runs:
+		g.d.wg.Go(g.arrive)
+	}
+	return nil
+}
+
+// define has libvirt define a domain that came here as it was defined at its
+// source.
+func (d *Driver) define(ctx context.Context, l *link, r shellRecord) (*domain, error) {
+	dom, err := call(ctx, l, func(l *link) (lv.Domain, error) { return l.DomainDefineXML(r.Persistent) })
+	if err == nil && r.Autostart {
+		err = do(ctx, l, func(l *link) error { return l.DomainSetAutostart(dom, 1) })
+	}
+	if err != nil {
+		return nil, fmt.Errorf("define guest %s, which came here: %w", r.Name, err)
+	}
+	return d.of(dom), nil
+}
+
 // arrive does what is still to be done about a domain that was told to run here,
 // and does, but whose shell is not there any more: the agent that told it died,
 // or libvirtd did before it could say so.
@@ -274,7 +318,7 @@ func (g *domain) arrive() {
 	switch {
 	case errors.Is(err, fs.ErrNotExist): // it has arrived meanwhile
 	case err == nil:
-		g.tell(func() { g.brought = r.Cards })
+		g.tell(func() { g.brought, g.owed = r.Cards, &r })
 		g.settleIn(r)
 	case g.d.ctx.Err() == nil:
 		g.d.log.Error("make what came an ordinary domain", "guest", g.name, "error", err)
@@ -317,17 +361,11 @@ func (g *domain) makeOrdinary(ctx context.Context, r shellRecord) error {
 		return err
 	}
 	if r.Persistent != "" {
-		dom, err := call(ctx, l, func(l *link) (lv.Domain, error) { return l.DomainDefineXML(r.Persistent) })
-		if err != nil {
+		if _, err := g.d.define(ctx, l, r); err != nil {
 			return err
 		}
-		if r.Autostart {
-			if err := do(ctx, l, func(l *link) error { return l.DomainSetAutostart(dom, 1) }); err != nil {
-				return err
-			}
-		}
 	}
-	g.tell(func() { g.incoming = false })
+	g.tell(func() { g.incoming, g.owed = false, nil })
 	if err := g.files.remove(); err != nil {
 		return err
 	}

@@ -61,7 +61,7 @@ func (d *Driver) meet(l *link) error {
 		if there[g] {
 			continue
 		}
-		if err := g.vanished(); err != nil {
+		if err := g.look(d.ctx, l); err != nil {
 			d.log.Warn("a domain has gone", "guest", g.name, "error", err)
 		}
 	}
@@ -182,10 +182,20 @@ func (g *domain) look(ctx context.Context, l *link) error {
 	g.looking.Lock()
 	defer g.looking.Unlock()
 	err := g.ask(ctx, l)
-	if isCode(err, lv.ErrNoDomain) { // at whichever question
+	if !isCode(err, lv.ErrNoDomain) { // at whichever question
+		return err
+	}
+	g.mu.Lock()
+	owed := g.owed
+	g.owed = nil
+	g.mu.Unlock()
+	if owed == nil || owed.Persistent == "" {
 		return g.vanished()
 	}
-	return err
+	if _, err := g.d.define(ctx, l, *owed); err != nil {
+		return errors.Join(err, g.vanished())
+	}
+	return g.ask(ctx, l)
 }
 
 func (g *domain) ask(ctx context.Context, l *link) error {
@@ -297,7 +307,7 @@ func (g *domain) seen(f facts, state hypervisor.State, word string) error {
 	if !active {
 		// After the flag, so that one that is suspended just now is either seen
 		// to be or cleared up after by Resume.
-		errs = append(errs, g.files.endSuspension())
+		errs = append(errs, g.files.remove())
 	}
 	return errors.Join(errs...)
 }
