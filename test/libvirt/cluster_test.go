@@ -128,12 +128,18 @@ func clusterOf(t *testing.T, l *lab.Lab) *cluster {
 func (c *cluster) in(t *testing.T) *cluster {
 	sub := *c
 	sub.t = t
+	return &sub
+}
+
+// showing is in for a subtest that shows the daemons' logs when it fails.
+func (c *cluster) showing(t *testing.T) *cluster {
+	sub := c.in(t)
 	t.Cleanup(func() {
 		if t.Failed() {
 			sub.showLogs()
 		}
 	})
-	return &sub
+	return sub
 }
 
 // showLogs prints the ends of the daemons' logs into that of a failed test.

@@ -18,7 +18,7 @@ const lan = `<network><name>lan</name><forward mode="bridge"/><bridge name="br0"
 // has all of it; it leaves nothing, and the migration is as it says.
 func TestDryRun(t *testing.T) {
 	c := newCluster(t)
-	c = c.in(t)
+	c = c.showing(t)
 	g := c.start(lab.GuestSpec{Name: "asked", Kind: lab.Flat, Host: "host1", Memory: 128 << 20, VCPUs: 1, Shape: domain.Shape{Machine: "q35"}})
 	defer c.remove(g)
 	files := t.TempDir()
@@ -94,7 +94,7 @@ func TestDryRun(t *testing.T) {
 // A dry run chooses the mode as the migration does.
 func TestDryRunMode(t *testing.T) {
 	c := newCluster(t)
-	c = c.in(t)
+	c = c.showing(t)
 	g := c.start(lab.GuestSpec{Name: "unshared", Kind: lab.Flat, Host: "host1", Memory: 64 << 20, VCPUs: 1, Shape: domain.Shape{Backing: domain.Private}})
 	defer c.remove(g)
 	for wanted, mode := range map[string]string{"": "relay", "relay": "relay", "direct": ""} {

@@ -11,7 +11,7 @@ import (
 // A copy that another hand has run at the destination before the guest was handed
 // over is ended when it is not: the guest is the copy at the source.
 func TestResumedTooEarly(t *testing.T) {
-	c := newCluster(t).in(t)
+	c := newCluster(t).showing(t)
 	g := c.start(flatSpec("too-early", domain.Shape{}))
 	defer c.remove(g)
 	stop := c.hold(point{"destination", migrate.DestReady})

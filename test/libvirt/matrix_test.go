@@ -77,33 +77,42 @@ func (c *cluster) release(h held) {
 	}
 }
 
-// TestFaults holds a migration at states of either side, does each of the faults
-// to it, restarts and heals, and checks that the guest runs once, unharmed, or
-// is gone where it was killed, and that nothing else is left.
-func TestFaults(t *testing.T) {
-	var lanes sync.WaitGroup
-	for _, mode := range []migrate.Mode{migrate.Direct, migrate.Relay} {
-		for _, role := range []string{"source", "destination"} {
-			name := string(mode) + "/" + role
-			if !all {
-				t.Run(name, func(t *testing.T) { lane(newCluster(t), mode, role) })
-				continue
-			}
-			// Most of a cell's time libvirt or a timeout is waited for, so that four
-			// labs side by side take little more than one.
-			lanes.Go(func() {
-				t.Run(name, func(t *testing.T) {
-					lane(ownCluster(t, string(mode)+"-"+role, lab.Options{Hosts: 2, MemoryLimit: 1 << 30}), mode, role)
-				})
-			})
-		}
-	}
-	lanes.Wait()
-}
-
 // lane is the part of the matrix in which migrations of one mode are held on one
 // side.
-func lane(c *cluster, mode migrate.Mode, role string) {
+type lane struct {
+	mode migrate.Mode
+	role string
+}
+
+func (l lane) String() string { return string(l.mode) + "/" + l.role }
+
+// TestFaults holds a migration at states of either side, does each of the faults
+// to it, restarts and heals, and checks that the guest runs once, unharmed, or
+// is gone where it was killed, and that nothing else is left. Most of a cell's
+// time libvirt or a timeout is waited for, so that labs side by side take little
+// more than one.
+func TestFaults(t *testing.T) {
+	lanes := []lane{{migrate.Direct, "source"}, {migrate.Direct, "destination"}, {migrate.Relay, "source"}, {migrate.Relay, "destination"}}
+	shares := [][]lane{lanes[:1], lanes[1:]} // of about the same size
+	if all {
+		shares = slices.Collect(slices.Chunk(lanes, 1))
+	}
+	var running sync.WaitGroup
+	for i, share := range shares {
+		c := newCluster(t)
+		if i > 0 {
+			c = ownCluster(t, fmt.Sprintf("faults%d", i), lab.Options{Hosts: 2, MemoryLimit: 1 << 30})
+		}
+		running.Go(func() {
+			for _, l := range share {
+				t.Run(l.String(), func(t *testing.T) { l.run(c.in(t)) })
+			}
+		})
+	}
+	running.Wait()
+}
+
+func (l lane) run(c *cluster) {
 	var guest *lab.Guest
 	defer func() {
 		if guest != nil {
@@ -112,11 +121,11 @@ func lane(c *cluster, mode migrate.Mode, role string) {
 	}()
 	for _, p := range points() {
 		for _, f := range faults {
-			if p.role != role || mode == migrate.Relay && !relayed(p.state) || !all && !slices.Contains(f.usual(mode), p.state) {
+			if p.role != l.role || l.mode == migrate.Relay && !relayed(p.state) || !all && !slices.Contains(f.usual(l.mode), p.state) {
 				continue
 			}
 			c.t.Run(string(p.state)+"/"+f.name, func(t *testing.T) {
-				m := &cell{cluster: c.in(t), point: p, mode: mode}
+				m := &cell{cluster: c.showing(t), point: p, mode: l.mode}
 				m.ready(guest)
 				guest = nil // unless it comes out of this well
 				if m.run(f) {

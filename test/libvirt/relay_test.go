@@ -15,7 +15,7 @@ import (
 // compressed or not, and is whole. What QEMU and libvirt were told for that is
 // taken back, on a host that keeps the guest too.
 func TestRelay(t *testing.T) {
-	c := newCluster(t).in(t)
+	c := newCluster(t).showing(t)
 	spec := flatSpec("relayed", domain.Shape{})
 	spec.WorkingSet, spec.DirtyRate = 32<<20, lab.Unbounded
 	g := c.start(spec)

@@ -29,7 +29,7 @@ func TestRounds(t *testing.T) {
 	for name, shape := range map[string]domain.Shape{"persistent": {}, "transient": {Transient: true}} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			c := c.in(t)
+			c := c.showing(t)
 			g := c.start(flatSpec(name, shape))
 			defer c.remove(g)
 			for range rounds {

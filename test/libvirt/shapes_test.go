@@ -70,7 +70,7 @@ func TestShapes(t *testing.T) {
 			}
 			t.Run(shape.Name, func(t *testing.T) {
 				t.Parallel()
-				s := &shapeCase{cluster: c.in(t), shape: shape, table: &moved}
+				s := &shapeCase{cluster: c.showing(t), shape: shape, table: &moved}
 				s.guest = s.start(specOf(shape, i))
 				defer s.remove(s.guest)
 				if s.why = s.notDirect(); s.why != "" {

@@ -97,7 +97,7 @@ var newerShapes = []domain.Case{
 
 // shape starts a guest of a shape on a host.
 func (c *cluster) shape(t *testing.T, shape domain.Case, host string, into *table) *shapeCase {
-	s := &shapeCase{cluster: c.in(t), shape: shape, table: into}
+	s := &shapeCase{cluster: c.showing(t), shape: shape, table: into}
 	s.why = s.notDirect()
 	spec := specOf(shape, 0)
 	spec.Name, spec.Host = shape.Name, host
@@ -165,7 +165,7 @@ func (c *cluster) interrupted(t *testing.T) {
 // nothing of it before it is there: the agent sees it come all the same, and
 // moves it back afterwards.
 func (c *cluster) arrivalSeen(t *testing.T) {
-	sub := c.in(t)
+	sub := c.showing(t)
 	spec := flatSpec("by-virsh", domain.Shape{Backing: domain.Memfd})
 	spec.Host = "host2"
 	g := sub.start(spec)

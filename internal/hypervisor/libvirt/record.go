@@ -22,6 +22,8 @@ type suspensionRecord struct {
 	IgnoredShared bool `json:"ignored_shared"`
 	// Relayed says that the capability was not touched.
 	Relayed bool `json:"relayed,omitempty"`
+	// MaxDowntime is QEMU's limit before, in milliseconds; 0 if it is not touched.
+	MaxDowntime uint64 `json:"max_downtime,omitempty"`
 }
 
 // shellRecord is on disk while a domain is on its way here.

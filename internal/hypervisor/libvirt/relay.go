@@ -61,8 +61,8 @@ func (s *Guest) relay(ctx context.Context, conn io.ReadWriter, target time.Durat
 	if err := s.await(ctx, func() bool { return p.standing || p.passes.under() }, nil); err != nil {
 		return err
 	}
-	// Libvirt puts this back when its migration ends here, and not if it was
-	// there before.
+	// Not before: when its migration ends here, libvirt puts back what was there when
+	// it began.
 	s.allow(target)
 	return nil
 }

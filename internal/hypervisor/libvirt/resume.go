@@ -146,6 +146,9 @@ func (g *domain) restore(ctx context.Context, l *link) error {
 	} else if err == nil && !before.IgnoredShared && !before.Relayed {
 		err = g.setIgnoreShared(ctx, l, false)
 	}
+	if err == nil && before.MaxDowntime != 0 {
+		err = g.restoreMaxDowntime(ctx, l, before.MaxDowntime)
+	}
 	if err == nil {
 		err = g.files.endSuspension()
 	}
@@ -154,6 +157,16 @@ func (g *domain) restore(ctx context.Context, l *link) error {
 	}
 	g.tell(func() { g.suspended = false })
 	return g.look(ctx, l)
+}
+
+// restoreMaxDowntime puts back what libvirt does not, when it was changed just as
+// libvirt's migration was over.
+func (g *domain) restoreMaxDowntime(ctx context.Context, l *link, before uint64) error {
+	now, err := g.maxDowntime(ctx, l)
+	if err != nil || now == before {
+		return err
+	}
+	return do(ctx, l, func(l *link) error { return l.DomainMigrateSetMaxDowntime(g.ref(), before, 0) })
 }
 
 // Release ends the suspended copy of a domain that another host runs, and with

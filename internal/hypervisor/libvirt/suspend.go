@@ -86,6 +86,10 @@ func (s *Guest) note(ctx context.Context, l *link, r suspensionRecord) error {
 	if err := s.unchanged(ctx, l); err != nil {
 		return err
 	}
+	var err error
+	if r.MaxDowntime, err = s.g.maxDowntime(ctx, l); err != nil {
+		return err
+	}
 	if err := write(s.g.files.suspension(), r); err != nil {
 		return err
 	}
@@ -225,6 +229,11 @@ func (s *Guest) await(ctx context.Context, enough func() bool, hurry <-chan time
 			return context.Cause(ctx)
 		}
 	}
+}
+
+// maxDowntime is how long QEMU may have the guest stand still, in milliseconds.
+func (g *domain) maxDowntime(ctx context.Context, l *link) (uint64, error) {
+	return call(ctx, l, func(l *link) (uint64, error) { return l.DomainMigrateGetMaxDowntime(g.ref(), 0) })
 }
 
 // allow tells QEMU how long the guest may stand still. That comes too late when
