@@ -57,7 +57,10 @@ func (s *Guest) Definition(ctx context.Context) ([]byte, error) {
 }
 
 func (s *Guest) offer(ctx context.Context, l *link) (*offer, error) {
-	var err error
+	err := s.g.settleDebt(ctx)
+	if err != nil {
+		return nil, err
+	}
 	if s.like, err = s.g.likeness(ctx, l); err != nil {
 		return nil, err
 	}

@@ -372,6 +372,18 @@ func (g *domain) makeOrdinary(ctx context.Context, r shellRecord) error {
 	return g.look(ctx, l)
 }
 
+// settleDebt defines a domain here that came here, and could not be defined when it
+// did: without, it would go on as one that never was.
+func (g *domain) settleDebt(ctx context.Context) error {
+	g.mu.Lock()
+	owed := g.owed
+	g.mu.Unlock()
+	if owed == nil {
+		return nil
+	}
+	return g.makeOrdinary(ctx, *owed)
+}
+
 // Announce tells the network where the guest is now.
 func (s *Shell) Announce(ctx context.Context) (int, error) {
 	cards, err := s.g.cardsHere(ctx)
