@@ -30,44 +30,44 @@ var cases = []struct {
 // life starts a guest, ends it and starts it again.
 func (s *suite) life() {
 	g := s.start()
-	c, name := s.clients["host1"].Guests, &lmctlv1.GuestRequest{Name: g.Name}
+	c, name := s.Clients["host1"].Guests, &lmctlv1.GuestRequest{Name: g.Name}
 	running := s.on("host1", g.Name)
 	if running == nil || running.State != "running" || running.Uuid != g.UUID || running.Pid == 0 || running.MemoryBytes != g.Memory ||
 		running.Vcpus != 1 || running.Accelerator != "kvm" || running.Ownership.GetState() != "owned" || running.Mode != "direct" || running.ModeReason == "" {
-		s.t.Errorf("it is %v", running)
+		s.T.Errorf("it is %v", running)
 	}
-	_, err := c.Start(s.context(), name)
+	_, err := c.Start(s.Context(), name)
 	s.refused("start it twice", err, codes.FailedPrecondition)
-	_, err = c.Undefine(s.context(), name)
+	_, err = c.Undefine(s.Context(), name)
 	s.refused("undefine it while it runs", err, codes.FailedPrecondition)
-	ended, err := c.Destroy(s.context(), name)
+	ended, err := c.Destroy(s.Context(), name)
 	if err != nil || ended.State != "stopped" || ended.End.GetCause() != "destroyed" || ended.Pid != 0 {
-		s.t.Errorf("destroyed, it is %v (%v)", ended, err)
+		s.T.Errorf("destroyed, it is %v (%v)", ended, err)
 	}
-	_, err = c.Destroy(s.context(), name)
+	_, err = c.Destroy(s.Context(), name)
 	s.refused("destroy it twice", err, codes.FailedPrecondition)
-	again, err := c.Start(s.context(), name)
+	again, err := c.Start(s.Context(), name)
 	if err != nil || again.State != "running" || again.End != nil || again.Pid == running.Pid {
-		s.t.Errorf("started again, it is %v (%v)", again, err)
+		s.T.Errorf("started again, it is %v (%v)", again, err)
 	}
 	states := s.await("host1", g.Name, inState("running"))
 	if len(states) != 1 {
-		s.t.Errorf("a watch begins with %q", states)
+		s.T.Errorf("a watch begins with %q", states)
 	}
 }
 
 // notThere asks for a guest that nobody has.
 func (s *suite) notThere() {
-	c, name := s.clients["host1"].Guests, &lmctlv1.GuestRequest{Name: "nobody"}
-	_, err := c.Show(s.context(), name)
+	c, name := s.Clients["host1"].Guests, &lmctlv1.GuestRequest{Name: "nobody"}
+	_, err := c.Show(s.Context(), name)
 	s.refused("show", err, codes.NotFound)
-	_, err = c.Start(s.context(), name)
+	_, err = c.Start(s.Context(), name)
 	s.refused("start", err, codes.NotFound)
-	_, err = c.Destroy(s.context(), name)
+	_, err = c.Destroy(s.Context(), name)
 	s.refused("destroy", err, codes.NotFound)
-	_, err = c.Undefine(s.context(), name)
+	_, err = c.Undefine(s.Context(), name)
 	s.refused("undefine", err, codes.NotFound)
-	_, err = s.clients["host1"].Migrations.Start(s.context(), &lmctlv1.StartMigrationRequest{Guest: "nobody", Destination: "host2"})
+	_, err = s.Clients["host1"].Migrations.Start(s.Context(), &lmctlv1.StartMigrationRequest{Guest: "nobody", Destination: "host2"})
 	s.refused("migrate", err, codes.NotFound)
 }
 
@@ -77,19 +77,19 @@ func (s *suite) killed() {
 	pid := int(s.on("host1", g.Name).Pid)
 	fd, err := unix.PidfdOpen(pid, 0)
 	if err != nil {
-		s.t.Fatal(err)
+		s.T.Fatal(err)
 	}
 	defer unix.Close(fd)
 	if now := s.on("host1", g.Name); int(now.Pid) != pid { // the process is still the guest's
-		s.t.Fatalf("it has process %d now", now.Pid)
+		s.T.Fatalf("it has process %d now", now.Pid)
 	}
 	if err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); err != nil {
-		s.t.Fatal(err)
+		s.T.Fatal(err)
 	}
 	s.await("host1", g.Name, inState("stopped"))
 	end := s.on("host1", g.Name).End
 	if end.GetCause() != "killed" || end.GetSignal() != int32(unix.SIGKILL) {
-		s.t.Errorf("it has ended: %v", end)
+		s.T.Errorf("it has ended: %v", end)
 	}
 }
 
@@ -97,15 +97,15 @@ func (s *suite) killed() {
 func (s *suite) adopted() {
 	g := s.start()
 	before := s.on("host1", g.Name)
-	if err := s.lab.StopAgent(s.context(), "host1"); err != nil {
-		s.t.Fatal(err)
+	if err := s.Lab.StopAgent(s.Context(), "host1"); err != nil {
+		s.T.Fatal(err)
 	}
-	if err := s.lab.StartAgent(s.context(), "host1"); err != nil {
-		s.t.Fatal(err)
+	if err := s.Lab.StartAgent(s.Context(), "host1"); err != nil {
+		s.T.Fatal(err)
 	}
 	s.await("host1", g.Name, inState("running"))
 	if after := s.on("host1", g.Name); after.Pid != before.Pid || after.Ownership.GetEpoch() != before.Ownership.GetEpoch() || after.Ownership.GetState() != "owned" {
-		s.t.Errorf("it was %v and is %v", before, after)
+		s.T.Errorf("it was %v and is %v", before, after)
 	}
 	s.healthy(g, "host1")
 }
@@ -116,37 +116,37 @@ func (s *suite) move() {
 	epoch := s.on("host1", g.Name).Ownership.GetEpoch()
 	r := s.report("host1", s.begin(g, &lmctlv1.MigrationOptions{Verify: true}))
 	s.moved(g, r, "host1", "host2")
-	m, err := s.clients["host2"].Migrations.Start(s.context(), &lmctlv1.StartMigrationRequest{Guest: g.Name, Destination: "host1", Options: &lmctlv1.MigrationOptions{Verify: true}})
+	m, err := s.Clients["host2"].Migrations.Start(s.Context(), &lmctlv1.StartMigrationRequest{Guest: g.Name, Destination: "host1", Options: &lmctlv1.MigrationOptions{Verify: true}})
 	if err != nil {
-		s.t.Fatal(err)
+		s.T.Fatal(err)
 	}
 	s.moved(g, s.report("host2", m.Id), "host2", "host1")
 	if now := s.on("host1", g.Name).Ownership.GetEpoch(); now != epoch+2 {
-		s.t.Errorf("epoch %d after two moves from epoch %d", now, epoch)
+		s.T.Errorf("epoch %d after two moves from epoch %d", now, epoch)
 	}
 }
 
 // moved checks the account of a move and what the agents say after it.
 func (s *suite) moved(g lab.Guest, r *migrate.Report, from, to string) {
-	s.t.Helper()
+	s.T.Helper()
 	if r.Result != migrate.Completed || r.Error != "" || r.Mode != migrate.Direct || r.Source != from || r.Destination != to || r.Guest != g.Name {
-		s.t.Fatalf("report %+v", r)
+		s.T.Fatalf("report %+v", r)
 	}
 	if len(r.Passes) < 1 || len(r.Passes) > 8 || r.SwitchoverReason == "" || r.RAMBytes != g.Memory || r.VerifiedPages*migrate.PageSize != g.Memory {
-		s.t.Errorf("passes and memory: %+v", r)
+		s.T.Errorf("passes and memory: %+v", r)
 	}
 	p := r.DowntimeParts
 	if r.Downtime <= 0 || r.Total <= r.Downtime || p.StateSave <= 0 || p.StateLoad <= 0 || p.StateBytes <= 0 || p.Commit <= 0 || p.Resume <= 0 || p.Verify <= 0 {
-		s.t.Errorf("times: %+v", r)
+		s.T.Errorf("times: %+v", r)
 	}
 	s.await(to, g.Name, inState("running"))
 	s.healthy(g, to)
 	here := s.on(to, g.Name)
 	if here.State != "running" || here.Ownership.GetState() != "owned" || here.Migration != "" || here.Uuid != g.UUID {
-		s.t.Errorf("on %s it is %v", to, here)
+		s.T.Errorf("on %s it is %v", to, here)
 	}
 	if there := s.on(from, g.Name); there != nil {
-		s.t.Errorf("on %s there is %v", from, there)
+		s.T.Errorf("on %s there is %v", from, there)
 	}
 }
 
@@ -154,32 +154,35 @@ func (s *suite) moved(g lab.Guest, r *migrate.Report, from, to string) {
 func (s *suite) cancel() {
 	g := s.start()
 	id := s.begin(g, &lmctlv1.MigrationOptions{Bandwidth: proto.Int64(256 << 10)})
-	m := s.follow("host1", id, func(m *lmctlv1.Migration) bool { return m.State == string(migrate.SourceCopying) })
+	m, err := s.Follow("host1", id, func(m *lmctlv1.Migration) bool { return m.State == string(migrate.SourceCopying) })
+	if err != nil {
+		s.T.Fatal(err)
+	}
 	if m.Finished {
-		s.t.Fatalf("it ended before it was cancelled: %s %s", m.Result, m.Error)
+		s.T.Fatalf("it ended before it was cancelled: %s %s", m.Result, m.Error)
 	}
-	_, err := s.clients["host1"].Migrations.Start(s.context(), &lmctlv1.StartMigrationRequest{Guest: g.Name, Destination: "host2"})
+	_, err = s.Clients["host1"].Migrations.Start(s.Context(), &lmctlv1.StartMigrationRequest{Guest: g.Name, Destination: "host2"})
 	if e := s.refused("migrate it twice", err, codes.FailedPrecondition); e.Result != string(migrate.Refused) || !strings.Contains(e.Cause, id) {
-		s.t.Errorf("refused: %+v", e)
+		s.T.Errorf("refused: %+v", e)
 	}
-	_, err = s.clients["host1"].Guests.Destroy(s.context(), &lmctlv1.GuestRequest{Name: g.Name})
+	_, err = s.Clients["host1"].Guests.Destroy(s.Context(), &lmctlv1.GuestRequest{Name: g.Name})
 	s.refused("destroy it meanwhile", err, codes.FailedPrecondition)
-	if _, err := s.clients["host1"].Migrations.Cancel(s.context(), &lmctlv1.MigrationRequest{Id: id}); err != nil {
-		s.t.Fatal(err)
+	if _, err := s.Clients["host1"].Migrations.Cancel(s.Context(), &lmctlv1.MigrationRequest{Id: id}); err != nil {
+		s.T.Fatal(err)
 	}
 	if r := s.report("host1", id); r.Result != migrate.Cancelled || r.Error == "" {
-		s.t.Errorf("report %+v", r)
+		s.T.Errorf("report %+v", r)
 	}
 	s.healthy(g, "host1")
 	if here := s.on("host1", g.Name); here.State != "running" || here.Ownership.GetState() != "owned" || here.Migration != "" {
-		s.t.Errorf("it is %v", here)
+		s.T.Errorf("it is %v", here)
 	}
 	s.gone("host2", g.Name)
 }
 
 // gone waits until a host has nothing of a guest.
 func (s *suite) gone(host, name string) {
-	s.t.Helper()
+	s.T.Helper()
 	if s.on(host, name) != nil {
 		s.await(host, name, func(e *lmctlv1.GuestEvent) bool { return e.Removed })
 	}
@@ -188,11 +191,11 @@ func (s *suite) gone(host, name string) {
 // refusals asks for moves that cannot be.
 func (s *suite) refusals() {
 	g := s.start()
-	migrations := s.clients["host1"].Migrations
+	migrations := s.Clients["host1"].Migrations
 	for what, destination := range map[string]string{"to itself": "host1", "to nobody": "host9"} {
-		_, err := migrations.Start(s.context(), &lmctlv1.StartMigrationRequest{Guest: g.Name, Destination: destination})
+		_, err := migrations.Start(s.Context(), &lmctlv1.StartMigrationRequest{Guest: g.Name, Destination: destination})
 		if e := s.refused(what, err, codes.FailedPrecondition); e.Result != string(migrate.Refused) || len(e.Reasons) == 0 {
-			s.t.Errorf("%s: %+v", what, e)
+			s.T.Errorf("%s: %+v", what, e)
 		}
 	}
 	for what, options := range map[string]*lmctlv1.MigrationOptions{
@@ -200,15 +203,15 @@ func (s *suite) refusals() {
 		"too many streams": {Streams: proto.Int32(17)},
 		"no such mode":     {Mode: "post-copy"},
 	} {
-		_, err := migrations.Start(s.context(), &lmctlv1.StartMigrationRequest{Guest: g.Name, Destination: "host2", Options: options})
+		_, err := migrations.Start(s.Context(), &lmctlv1.StartMigrationRequest{Guest: g.Name, Destination: "host2", Options: options})
 		s.refused(what, err, codes.InvalidArgument)
 	}
-	if _, err := s.clients["host1"].Guests.Destroy(s.context(), &lmctlv1.GuestRequest{Name: g.Name}); err != nil {
-		s.t.Fatal(err)
+	if _, err := s.Clients["host1"].Guests.Destroy(s.Context(), &lmctlv1.GuestRequest{Name: g.Name}); err != nil {
+		s.T.Fatal(err)
 	}
-	_, err := migrations.Start(s.context(), &lmctlv1.StartMigrationRequest{Guest: g.Name, Destination: "host2"})
+	_, err := migrations.Start(s.Context(), &lmctlv1.StartMigrationRequest{Guest: g.Name, Destination: "host2"})
 	if e := s.refused("a stopped guest", err, codes.FailedPrecondition); e.Result != string(migrate.Refused) {
-		s.t.Errorf("a stopped guest: %+v", e)
+		s.T.Errorf("a stopped guest: %+v", e)
 	}
 }
 
@@ -216,24 +219,24 @@ func (s *suite) refusals() {
 func (s *suite) dryRun() {
 	g := s.start()
 	ask := func(destination string) *lmctlv1.MigrationVerdict {
-		s.t.Helper()
-		v, err := s.clients["host1"].Migrations.Check(s.context(), &lmctlv1.StartMigrationRequest{Guest: g.Name, Destination: destination})
+		s.T.Helper()
+		v, err := s.Clients["host1"].Migrations.Check(s.Context(), &lmctlv1.StartMigrationRequest{Guest: g.Name, Destination: destination})
 		if err != nil {
-			s.t.Fatal(err)
+			s.T.Fatal(err)
 		}
 		return v
 	}
 	v := ask("host2")
 	if !v.Ok || v.Mode != string(migrate.Direct) || len(v.Source) == 0 || len(v.Destination) == 0 {
-		s.t.Errorf("to host2: %v", v)
+		s.T.Errorf("to host2: %v", v)
 	}
 	if v = ask("host9"); v.Ok || !slices.ContainsFunc(slices.Concat(v.Source, v.Destination), func(l *lmctlv1.CheckLine) bool {
 		return l.Verdict == lmctlv1.CheckLine_VERDICT_FAIL && l.Advice+l.Detail != ""
 	}) {
-		s.t.Errorf("to nobody: %v", v)
+		s.T.Errorf("to nobody: %v", v)
 	}
 	s.healthy(g, "host1")
 	if there := s.on("host2", g.Name); there != nil {
-		s.t.Errorf("a dry run left %v", there)
+		s.T.Errorf("a dry run left %v", there)
 	}
 }

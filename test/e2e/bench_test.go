@@ -1,17 +1,13 @@
 package e2e
 
 import (
-	"encoding/json"
-	"os/exec"
-	"path/filepath"
-	"strings"
-	"syscall"
 	"testing"
 
 	"github.com/lmctl/lmctl/bench"
 	"github.com/lmctl/lmctl/dirtymap"
 	"github.com/lmctl/lmctl/internal/lab"
 	"github.com/lmctl/lmctl/internal/testenv"
+	"github.com/lmctl/lmctl/test/labtest"
 )
 
 // The bench at its smallest: every contender moves a guest, is measured, and
@@ -21,19 +17,7 @@ func TestBench(t *testing.T) {
 	testenv.NeedQEMU(t)
 	testenv.NeedKVM(t)
 	testenv.NeedTracker(t, dirtymap.Probe)
-	dir := filepath.Join(t.TempDir(), "lab")
-	cmd := exec.CommandContext(t.Context(), binary, "bench", "quick", "--smallest", "--json", "--dir", dir)
-	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) } // it cleans up
-	var said strings.Builder
-	cmd.Stderr = &said
-	out, err := cmd.Output()
-	if err != nil {
-		t.Fatalf("%v: %s", err, said.String())
-	}
-	var r bench.Report
-	if err := json.Unmarshal(out, &r); err != nil {
-		t.Fatalf("%v in %s", err, out)
-	}
+	r := labtest.Bench(t, binary, "quick")
 	if len(r.Results) != len(bench.Contenders(lab.QEMU)) {
 		t.Fatalf("%d results for %d contenders", len(r.Results), len(bench.Contenders(lab.QEMU)))
 	}
@@ -54,8 +38,5 @@ func TestBench(t *testing.T) {
 		if moved := s.Bytes > 8<<20; moved == (x.Contender == "floor") || s.Bytes <= 0 {
 			t.Errorf("%s: %d bytes sent", x.Contender, s.Bytes)
 		}
-	}
-	if left, err := filepath.Glob(filepath.Join(dir, "*")); err != nil || len(left) > 0 {
-		t.Errorf("left in %s: %q, %v", dir, left, err)
 	}
 }

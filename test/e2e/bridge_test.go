@@ -13,8 +13,8 @@ import (
 // uplink's: the hosts must go on hearing each other.
 func TestBridgeTakesTapAddress(t *testing.T) {
 	c := newCluster(t)
-	for i, host := range c.lab.Hosts() {
-		err := c.lab.In(host, func() error {
+	for i, host := range c.Lab.Hosts() {
+		err := c.Lab.In(host, func() error {
 			link, err := netlink.LinkByName("uplink")
 			if err != nil {
 				return err

@@ -2,92 +2,39 @@ package e2e
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/lmctl/lmctl/dirtymap"
 	"github.com/lmctl/lmctl/guest/flat"
-	"github.com/lmctl/lmctl/internal/api"
 	"github.com/lmctl/lmctl/internal/api/lmctlv1"
 	"github.com/lmctl/lmctl/internal/lab"
 	"github.com/lmctl/lmctl/internal/testenv"
 	"github.com/lmctl/lmctl/migrate"
+	"github.com/lmctl/lmctl/test/labtest"
 )
 
-// patience is how long a test waits for what must come. It is no measure of
-// speed: machines that run tests are slow and shared.
-const patience = 60 * time.Second
-
 // cluster is a lab for one test.
-type cluster struct {
-	t          *testing.T
-	lab        *lab.Lab
-	failpoints string
-	clients    map[string]*api.Client
-}
+type cluster struct{ *labtest.Cluster }
 
-// newCluster makes a lab of two hosts whose agents stop at failpoints and lose
-// patience with each other quickly.
+func (c *cluster) in(t *testing.T) *cluster { return &cluster{c.Showing(t)} }
+
+// newCluster makes a lab of two hosts whose agents stop at failpoints.
 func newCluster(t *testing.T, tune ...func(*lab.Options)) *cluster {
 	t.Helper()
 	testenv.NeedRoot(t)
 	testenv.NeedTracker(t, dirtymap.Probe)
-	failpoints := t.TempDir()
-	o := lab.Options{
-		Dir: filepath.Join(t.TempDir(), "lab"), Hosts: 2, Binary: binary, MemoryLimit: 2 << 30,
-		AgentEnv: []string{"LMCTL_FAILPOINTS=" + failpoints},
-	}
+	o := lab.Options{Dir: filepath.Join(t.TempDir(), "lab"), Hosts: 2, Binary: binary, MemoryLimit: 2 << 30}
 	for _, f := range tune {
 		f(&o)
 	}
-	l, err := lab.Up(t.Context(), o)
-	if err != nil {
-		t.Fatal(err)
-	}
-	c := &cluster{t: t, lab: l, failpoints: failpoints, clients: make(map[string]*api.Client)}
-	for _, host := range l.Hosts() {
-		if c.clients[host], err = api.Dial(api.Target{Socket: l.AgentSocket(host)}); err != nil {
-			t.Fatal(err)
-		}
-	}
-	t.Cleanup(c.close)
-	return c
-}
-
-func (c *cluster) close() {
-	for _, client := range c.clients {
-		if err := client.Close(); err != nil {
-			c.t.Error(err)
-		}
-	}
-	if c.t.Failed() {
-		c.showLogs()
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
-	defer cancel()
-	if err := lab.Down(ctx, c.lab.Dir()); err != nil {
-		c.t.Errorf("lab down: %v", err)
-	}
-}
-
-// showLogs prints the ends of the agents' logs into that of a failed test.
-func (c *cluster) showLogs() {
-	for _, host := range c.lab.Hosts() {
-		b, err := os.ReadFile(c.lab.AgentLog(host))
-		if err != nil {
-			continue
-		}
-		lines := strings.Split(strings.TrimSpace(string(b)), "\n")
-		c.t.Logf("agent of %s:\n%s", host, strings.Join(lines[max(0, len(lines)-60):], "\n"))
-	}
+	return &cluster{labtest.Up(t, o).Showing(t)}
 }
 
 // flatGuest is a guest under real KVM, and how to judge it.
@@ -102,30 +49,30 @@ type flatGuest struct {
 // startFlat defines and starts a flat guest on a host and waits until it runs
 // its loop. extra is added to its definition.
 func (c *cluster) startFlat(name, host string, config flat.Config, extra string) *flatGuest {
-	c.t.Helper()
-	testenv.NeedKVM(c.t)
+	c.T.Helper()
+	testenv.NeedKVM(c.T)
 	image, err := config.Image()
 	if err != nil {
-		c.t.Fatal(err)
+		c.T.Fatal(err)
 	}
-	disk := filepath.Join(c.lab.Storage(), name+"-"+host+".img")
+	disk := filepath.Join(c.Lab.Storage(), name+"-"+host+".img")
 	if err := os.WriteFile(disk, image, 0o600); err != nil {
-		c.t.Fatal(err)
+		c.T.Fatal(err)
 	}
 	yaml := fmt.Sprintf("name: %q\nmemory: %d\naccelerator: kvm\ndisks:\n- path: %s\n  bus: ide\nnics:\n- bridge: br0\n  addresses: [10.77.0.200]\n%s",
 		name, config.Memory, disk, extra)
-	ctx, cancel := context.WithTimeout(c.t.Context(), patience)
+	ctx, cancel := context.WithTimeout(c.T.Context(), labtest.Patience)
 	defer cancel()
-	guests := c.clients[host].Guests
+	guests := c.Clients[host].Guests
 	g, err := guests.Define(ctx, &lmctlv1.DefineRequest{Definition: []byte(yaml)})
 	if err != nil {
-		c.t.Fatal(err)
+		c.T.Fatal(err)
 	}
 	if _, err := guests.Start(ctx, &lmctlv1.GuestRequest{Name: name}); err != nil {
-		c.t.Fatal(err)
+		c.T.Fatal(err)
 	}
 	f := &flatGuest{c: c, name: name, config: config, uuid: g.Uuid, taps: 1 + strings.Count(extra, "- bridge:")}
-	c.eventually("the flat guest boots", func() error {
+	c.Eventually("the flat guest boots", func() error {
 		s, err := f.state(host)
 		if err != nil {
 			return err
@@ -136,7 +83,7 @@ func (c *cluster) startFlat(name, host string, config flat.Config, extra string)
 }
 
 func (f *flatGuest) memory(host string) string {
-	return filepath.Join(f.c.lab.MemoryDir(host), f.uuid+".ram")
+	return filepath.Join(f.c.Lab.MemoryDir(host), f.uuid+".ram")
 }
 
 func (f *flatGuest) state(host string) (flat.State, error) {
@@ -150,12 +97,12 @@ func (f *flatGuest) state(host string) (flat.State, error) {
 
 // goesOn checks that the guest on a host is healthy and goes on.
 func (f *flatGuest) goesOn(host string) {
-	f.c.t.Helper()
+	f.c.T.Helper()
 	before, err := f.state(host)
 	if err != nil {
-		f.c.t.Fatalf("guest on %s: %v", host, err)
+		f.c.T.Fatalf("guest on %s: %v", host, err)
 	}
-	f.c.eventually("the guest goes on on "+host, func() error {
+	f.c.Eventually("the guest goes on on "+host, func() error {
 		s, err := f.state(host)
 		switch {
 		case err != nil:
@@ -169,58 +116,26 @@ func (f *flatGuest) goesOn(host string) {
 	})
 }
 
-// eventually waits for a condition that no event announces to a test.
-func (c *cluster) eventually(what string, ok func() error) {
-	c.t.Helper()
-	deadline := time.Now().Add(patience)
-	for {
-		err := ok()
-		if err == nil {
-			return
-		}
-		if time.Now().After(deadline) {
-			c.t.Fatalf("%s: not within %v: %v", what, patience, err)
-		}
-		time.Sleep(2 * time.Millisecond)
-	}
-}
-
-// guest asks a host's agent for a guest, nil if it has none of that name.
-func (c *cluster) guest(host, name string) (*lmctlv1.Guest, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
-	defer cancel()
-	list, err := c.clients[host].Guests.List(ctx, &lmctlv1.ListGuestsRequest{})
-	if err != nil {
-		return nil, err
-	}
-	for _, g := range list.Guests {
-		if g.Name == name {
-			return g, nil
-		}
-	}
-	return nil, nil
-}
-
 // destroy ends a guest wherever it is, and forgets it.
 func (c *cluster) destroy(g *flatGuest) {
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	ctx, cancel := context.WithTimeout(context.Background(), labtest.Patience)
 	defer cancel()
-	for _, h := range c.lab.Hosts() {
-		info, err := c.guest(h, g.name)
+	for _, h := range c.Lab.Hosts() {
+		info, err := c.Guest(h, g.name)
 		if err != nil {
-			c.t.Error(err)
+			c.T.Error(err)
 		}
 		if info == nil {
 			continue
 		}
-		guests := c.clients[h].Guests
+		guests := c.Clients[h].Guests
 		if info.State != "stopped" {
 			if _, err := guests.Destroy(ctx, &lmctlv1.GuestRequest{Name: g.name}); err != nil {
-				c.t.Error(err)
+				c.T.Error(err)
 			}
 		}
 		if _, err := guests.Undefine(ctx, &lmctlv1.GuestRequest{Name: g.name}); err != nil {
-			c.t.Error(err)
+			c.T.Error(err)
 		}
 	}
 }
@@ -230,16 +145,16 @@ const ballast = "ballast"
 
 // fill takes all that is left of a host's file system for guest memory.
 func (c *cluster) fill(host string) {
-	c.t.Helper()
-	f, err := os.Create(filepath.Join(c.lab.MemoryDir(host), ballast))
+	c.T.Helper()
+	f, err := os.Create(filepath.Join(c.Lab.MemoryDir(host), ballast))
 	if err != nil {
-		c.t.Fatal(err)
+		c.T.Fatal(err)
 	}
 	defer f.Close()
 	for size := int64(0); ; { // others may take some of it at the same time
 		var fs unix.Statfs_t
 		if err := unix.Fstatfs(int(f.Fd()), &fs); err != nil {
-			c.t.Fatal(err)
+			c.T.Fatal(err)
 		}
 		free := int64(fs.Bavail) * fs.Bsize
 		if free == 0 {
@@ -249,60 +164,48 @@ func (c *cluster) fill(host string) {
 		case err == nil:
 			size += free
 		case !errors.Is(err, unix.ENOSPC):
-			c.t.Fatal(err)
+			c.T.Fatal(err)
 		}
 	}
 }
 
 // empty undoes fill.
 func (c *cluster) empty(host string) {
-	c.t.Helper()
-	if err := os.Remove(filepath.Join(c.lab.MemoryDir(host), ballast)); err != nil {
-		c.t.Fatal(err)
+	c.T.Helper()
+	if err := os.Remove(filepath.Join(c.Lab.MemoryDir(host), ballast)); err != nil {
+		c.T.Fatal(err)
 	}
 }
 
 // start starts a migration and returns its id.
 func (c *cluster) start(guest, from, to string, options *lmctlv1.MigrationOptions) string {
-	c.t.Helper()
-	m, err := c.clients[from].Migrations.Start(c.t.Context(), &lmctlv1.StartMigrationRequest{Guest: guest, Destination: to, Options: options})
+	c.T.Helper()
+	id, err := c.Begin(guest, from, to, options)
 	if err != nil {
-		c.t.Fatal(err)
+		c.T.Fatal(err)
 	}
-	return m.Id
+	return id
 }
 
 // wait waits for a migration's end and returns its report.
 func (c *cluster) wait(host, id string) *migrate.Report {
-	c.t.Helper()
-	stream, err := c.clients[host].Migrations.Watch(c.t.Context(), &lmctlv1.MigrationRequest{Id: id})
+	c.T.Helper()
+	r, err := c.Wait(host, id)
 	if err != nil {
-		c.t.Fatal(err)
+		c.T.Fatal(err)
 	}
-	for {
-		m, err := stream.Recv()
-		if err != nil {
-			c.t.Fatalf("watch migration %s: %v", id, err)
-		}
-		if m.Finished {
-			var r migrate.Report
-			if err := json.Unmarshal(m.Report, &r); err != nil {
-				c.t.Fatal(err)
-			}
-			return &r
-		}
-	}
+	return r
 }
 
 // move migrates a guest, verifying, and fails the test unless it arrives.
 func (c *cluster) move(guest, from, to string) *migrate.Report {
-	c.t.Helper()
+	c.T.Helper()
 	r := c.wait(from, c.start(guest, from, to, &lmctlv1.MigrationOptions{Verify: true}))
 	if r.Result != migrate.Completed {
-		c.t.Fatalf("%s from %s to %s: %s: %s", guest, from, to, r.Result, r.Error)
+		c.T.Fatalf("%s from %s to %s: %s: %s", guest, from, to, r.Result, r.Error)
 	}
 	if len(r.Passes) < 1 || len(r.Passes) > 8 || r.VerifiedPages*migrate.PageSize != r.RAMBytes {
-		c.t.Errorf("%d passes, %d pages verified of %d bytes", len(r.Passes), r.VerifiedPages, r.RAMBytes)
+		c.T.Errorf("%d passes, %d pages verified of %d bytes", len(r.Passes), r.VerifiedPages, r.RAMBytes)
 	}
 	return r
 }

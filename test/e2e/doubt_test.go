@@ -2,13 +2,12 @@ package e2e
 
 import (
 	"fmt"
-	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 
 	"github.com/lmctl/lmctl/internal/api/lmctlv1"
 	"github.com/lmctl/lmctl/migrate"
+	"github.com/lmctl/lmctl/test/labtest"
 )
 
 // TestClaim cuts a migration off right after its commit, so that neither host
@@ -21,39 +20,34 @@ func TestClaim(t *testing.T) {
 			c := newCluster(t)
 			g := c.startFlat("doubted", "host1", quiet, "")
 			w := c.watchRunning(g)
-			point := filepath.Join(c.failpoints, "source."+string(migrate.SourceCommitted))
-			if err := os.WriteFile(point, nil, 0o600); err != nil {
-				t.Fatal(err)
-			}
+			stop := c.Hold(labtest.Point{Role: "source", State: migrate.SourceCommitted})
 			id := c.start(g.name, "host1", "host2", nil)
-			c.eventually("the commit", func() error { _, err := os.Stat(point + ".reached"); return err })
-			if err := c.lab.Cut("host2"); err != nil {
+			c.Reached(stop)
+			if err := c.Lab.Cut("host2"); err != nil {
 				t.Fatal(err)
 			}
-			if err := os.Remove(point); err != nil {
-				t.Fatal(err)
-			}
+			c.Release(stop)
 			if r := c.wait("host1", id); r.Result != migrate.InDoubt {
 				t.Fatalf("%s: %s, want in-doubt", r.Result, r.Error)
 			}
-			for _, h := range c.lab.Hosts() {
-				c.eventually("the guest is in doubt on "+h, func() error { return c.doubted(h, g.name) })
+			for _, h := range c.Lab.Hosts() {
+				c.Eventually("the guest is in doubt on "+h, func() error { return c.doubted(h, g.name) })
 			}
 			req := &lmctlv1.ClaimRequest{Name: g.name}
-			if _, err := c.clients[claimant].Guests.Claim(t.Context(), req); err == nil || !strings.Contains(err.Error(), "force") {
+			if _, err := c.Clients[claimant].Guests.Claim(t.Context(), req); err == nil || !strings.Contains(err.Error(), "force") {
 				t.Fatalf("claimed without --force: %v", err)
 			}
 			req.Force = true
-			if _, err := c.clients[claimant].Guests.Claim(t.Context(), req); err != nil {
+			if _, err := c.Clients[claimant].Guests.Claim(t.Context(), req); err != nil {
 				t.Fatal(err)
 			}
 			g.goesOn(claimant)
-			if err := c.lab.Heal("host2"); err != nil {
+			if err := c.Lab.Heal("host2"); err != nil {
 				t.Fatal(err)
 			}
 			c.nothingLeft(g, claimant)
-			c.eventually("only the claimant has the guest", func() error {
-				info, err := c.guest(other(claimant), g.name)
+			c.Eventually("only the claimant has the guest", func() error {
+				info, err := c.Guest(other(claimant), g.name)
 				if err == nil && info != nil {
 					err = fmt.Errorf("it is %s on %s", info.State, other(claimant))
 				}
@@ -71,7 +65,7 @@ func TestClaim(t *testing.T) {
 // doubted says whether a host's agent calls the guest in doubt and says what
 // to do.
 func (c *cluster) doubted(host, name string) error {
-	g, err := c.guest(host, name)
+	g, err := c.Guest(host, name)
 	switch {
 	case err != nil:
 		return err

@@ -17,9 +17,9 @@ import (
 // host of the guest there is the guest and nothing more, on the other nothing.
 // An empty host means that the guest runs nowhere.
 func (c *cluster) nothingLeft(g *flatGuest, host string) {
-	c.t.Helper()
-	for _, h := range c.lab.Hosts() {
-		c.eventually("nothing of a migration is left on "+h, func() error { return c.tidy(g, h, h == host) })
+	c.T.Helper()
+	for _, h := range c.Lab.Hosts() {
+		c.Eventually("nothing of a migration is left on "+h, func() error { return c.tidy(g, h, h == host) })
 	}
 }
 
@@ -28,18 +28,18 @@ func (c *cluster) tidy(g *flatGuest, host string, has bool) error {
 	if has {
 		want = 1
 	}
-	pids := qemusOf(c.t, g.uuid, c.lab.HostDir(host))
+	pids := qemusOf(c.T, g.uuid, c.Lab.HostDir(host))
 	if len(pids) != want {
 		return fmt.Errorf("processes %v, want %d", pids, want)
 	}
-	memory, err := filepath.Glob(filepath.Join(c.lab.MemoryDir(host), "*.ram"))
+	memory, err := filepath.Glob(filepath.Join(c.Lab.MemoryDir(host), "*.ram"))
 	if err != nil || len(memory) != want {
 		return fmt.Errorf("memory files %q, want %d (%v)", memory, want, err)
 	}
-	if left, _ := filepath.Glob(filepath.Join(c.lab.RunDir(host), "guests", "*", "suspension.json")); len(left) > 0 {
+	if left, _ := filepath.Glob(filepath.Join(c.Lab.RunDir(host), "guests", "*", "suspension.json")); len(left) > 0 {
 		return fmt.Errorf("unfinished suspension %q", left)
 	}
-	if run, _ := filepath.Glob(filepath.Join(c.lab.RunDir(host), "guests", "*")); len(run) != want {
+	if run, _ := filepath.Glob(filepath.Join(c.Lab.RunDir(host), "guests", "*")); len(run) != want {
 		return fmt.Errorf("run folders %q, want %d", run, want)
 	}
 	taps, err := c.taps(host)
@@ -50,7 +50,7 @@ func (c *cluster) tidy(g *flatGuest, host string, has bool) error {
 		if fds, err := dirtymap.Leftovers(pid); err != nil || len(fds) > 0 {
 			return fmt.Errorf("tracker descriptors %v in process %d (%v)", fds, pid, err)
 		}
-		if flags := trackedFlags(c.t, pid); flags > 0 {
+		if flags := trackedFlags(c.T, pid); flags > 0 {
 			return fmt.Errorf("%d mappings of process %d are still write-protected", flags, pid)
 		}
 	}
@@ -99,7 +99,7 @@ func trackedFlags(t *testing.T, pid int) (n int) {
 
 // taps lists the taps in a host's namespace.
 func (c *cluster) taps(host string) (names []string, err error) {
-	err = c.lab.In(host, func() error {
+	err = c.Lab.In(host, func() error {
 		links, err := netlink.LinkList()
 		if err != nil {
 			return err

@@ -20,6 +20,7 @@ import (
 	"github.com/lmctl/lmctl/internal/lab"
 	"github.com/lmctl/lmctl/internal/testenv"
 	"github.com/lmctl/lmctl/migrate"
+	"github.com/lmctl/lmctl/test/labtest"
 )
 
 // linuxGuest is a Linux guest under TCG, with network and disk.
@@ -30,31 +31,31 @@ type linuxGuest struct {
 
 // startLinux boots a Linux guest on host1.
 func (c *cluster) startLinux(spec lab.GuestSpec) *linuxGuest {
-	c.t.Helper()
-	testenv.NeedQEMU(c.t)
+	c.T.Helper()
+	testenv.NeedQEMU(c.T)
 	cache, err := linux.CacheDir()
 	if err != nil {
-		c.t.Fatal(err)
+		c.T.Fatal(err)
 	}
-	say := func(what string) { c.t.Log(what) }
-	if _, err := linux.FetchKernel(c.t.Context(), cache, say); err != nil {
-		testenv.Missing(c.t, "Debian's cloud kernel", err)
+	say := func(what string) { c.T.Log(what) }
+	if _, err := linux.FetchKernel(c.T.Context(), cache, say); err != nil {
+		testenv.Missing(c.T, "Debian's cloud kernel", err)
 	}
-	testenv.TCG(c.t)
+	testenv.TCG(c.T)
 	// Not the one that this test may have been built with: that may be old.
-	init, err := linux.BuildInit(c.t.Context())
+	init, err := linux.BuildInit(c.T.Context())
 	if err != nil {
-		c.t.Fatal(err)
+		c.T.Fatal(err)
 	}
-	path := filepath.Join(c.t.TempDir(), "init")
+	path := filepath.Join(c.T.TempDir(), "init")
 	if err := os.WriteFile(path, init, 0o600); err != nil {
-		c.t.Fatal(err)
+		c.T.Fatal(err)
 	}
-	c.t.Setenv("LMCTL_GUEST_INIT", path)
+	c.T.Setenv("LMCTL_GUEST_INIT", path)
 	spec.Kind, spec.Host, spec.Accelerator = lab.Linux, "host1", "tcg"
-	g, err := c.lab.StartGuest(c.t.Context(), spec, say)
+	g, err := c.Lab.StartGuest(c.T.Context(), spec, say)
 	if err != nil {
-		c.t.Fatal(err)
+		c.T.Fatal(err)
 	}
 	return &linuxGuest{Guest: g, c: c}
 }
@@ -66,10 +67,10 @@ func (g *linuxGuest) asFlat() *flatGuest {
 
 // healthy has the guest check all that it has on a host.
 func (g *linuxGuest) healthy(host string) *control.Status {
-	g.c.t.Helper()
-	v, err := g.c.lab.CheckGuest(g.c.t.Context(), g.Name)
+	g.c.T.Helper()
+	v, err := g.c.Lab.CheckGuest(g.c.T.Context(), g.Name)
 	if err != nil || !v.OK || v.Host != host {
-		g.c.t.Fatalf("verdict %+v, %v; want a healthy guest on %s", v, err, host)
+		g.c.T.Fatalf("verdict %+v, %v; want a healthy guest on %s", v, err, host)
 	}
 	return v.Linux
 }
@@ -77,26 +78,26 @@ func (g *linuxGuest) healthy(host string) *control.Status {
 // records checks from outside that each record that the guest wrote is in its
 // place on the disk, none left out.
 func (g *linuxGuest) records(last uint64) {
-	g.c.t.Helper()
-	f, err := os.Open(filepath.Join(g.c.lab.Storage(), g.Name+".raw"))
+	g.c.T.Helper()
+	f, err := os.Open(filepath.Join(g.c.Lab.Storage(), g.Name+".raw"))
 	if err != nil {
-		g.c.t.Fatal(err)
+		g.c.T.Fatal(err)
 	}
 	defer f.Close()
 	info, err := f.Stat()
 	if err != nil {
-		g.c.t.Fatal(err)
+		g.c.T.Fatal(err)
 	}
 	slots := uint64(info.Size() / workload.RecordSize)
 	if last == 0 || last >= slots {
-		g.c.t.Fatalf("%d records on a disk of %d", last, slots)
+		g.c.T.Fatalf("%d records on a disk of %d", last, slots)
 	}
 	record := make([]byte, workload.RecordSize)
 	for n := uint64(1); n <= last; n++ {
 		// A disk of one record only, with room for any.
 		place := io.NewSectionReader(f, int64(n*workload.RecordSize), workload.RecordSize)
 		if have, err := workload.LastRecord(place, record, 1, uint64(g.Number)); err != nil || have != n {
-			g.c.t.Fatalf("record %d of %d is missing: its place has %d, %v", n, last, have, err)
+			g.c.T.Fatalf("record %d of %d is missing: its place has %d, %v", n, last, have, err)
 		}
 	}
 }
@@ -111,13 +112,13 @@ type traffic struct {
 }
 
 func (g *linuxGuest) underTraffic() *traffic {
-	t := g.c.t
+	t := g.c.T
 	t.Helper()
-	tcp, err := g.c.lab.DialGuest(t.Context(), g.Guest, "tcp", control.NumberedPort)
+	tcp, err := g.c.Lab.DialGuest(t.Context(), g.Guest, "tcp", control.NumberedPort)
 	if err != nil {
 		t.Fatal(err)
 	}
-	udp, err := g.c.lab.DialGuest(t.Context(), g.Guest, "udp", control.EchoPort)
+	udp, err := g.c.Lab.DialGuest(t.Context(), g.Guest, "udp", control.EchoPort)
 	if err != nil {
 		t.Fatal(errors.Join(err, tcp.Close()))
 	}
@@ -189,14 +190,14 @@ func TestLinuxGuest(t *testing.T) {
 // cancelled cancels a migration that copies.
 func (g *linuxGuest) cancelled() {
 	c := g.c
-	c.t.Helper()
+	c.T.Helper()
 	id, goOn := g.copying()
-	if _, err := c.clients["host1"].Migrations.Cancel(c.t.Context(), &lmctlv1.MigrationRequest{Id: id}); err != nil {
-		c.t.Fatal(err)
+	if _, err := c.Clients["host1"].Migrations.Cancel(c.T.Context(), &lmctlv1.MigrationRequest{Id: id}); err != nil {
+		c.T.Fatal(err)
 	}
 	goOn()
 	if r := c.wait("host1", id); r.Result != migrate.Cancelled {
-		c.t.Fatalf("cancelled: %s: %s", r.Result, r.Error)
+		c.T.Fatalf("cancelled: %s: %s", r.Result, r.Error)
 	}
 	g.healthy("host1")
 	c.nothingLeft(g.asFlat(), "host1")
@@ -205,22 +206,22 @@ func (g *linuxGuest) cancelled() {
 // cutOff pulls the destination's cable while it is copied to.
 func (g *linuxGuest) cutOff() {
 	c := g.c
-	c.t.Helper()
+	c.T.Helper()
 	id, goOn := g.copying()
-	if err := c.lab.Cut("host2"); err != nil {
-		c.t.Fatal(err)
+	if err := c.Lab.Cut("host2"); err != nil {
+		c.T.Fatal(err)
 	}
 	goOn()
 	if r := c.wait("host1", id); r.Result != migrate.Failed {
-		c.t.Fatalf("cut off: %s: %s", r.Result, r.Error)
+		c.T.Fatalf("cut off: %s: %s", r.Result, r.Error)
 	}
 	g.healthy("host1")
-	if err := c.lab.Heal("host2"); err != nil {
-		c.t.Fatal(err)
+	if err := c.Lab.Heal("host2"); err != nil {
+		c.T.Fatal(err)
 	}
 	c.nothingLeft(g.asFlat(), "host1")
-	c.eventually("host2 knows nothing of the guest", func() error {
-		if info, err := c.guest("host2", g.Name); err != nil || info != nil {
+	c.Eventually("host2 knows nothing of the guest", func() error {
+		if info, err := c.Guest("host2", g.Name); err != nil || info != nil {
 			return fmt.Errorf("it has %v, %v", info, err)
 		}
 		return nil
@@ -230,16 +231,9 @@ func (g *linuxGuest) cutOff() {
 // copying starts a migration and holds it where the copying begins.
 func (g *linuxGuest) copying() (id string, goOn func()) {
 	c := g.c
-	c.t.Helper()
-	point := filepath.Join(c.failpoints, "source."+string(migrate.SourceCopying))
-	if err := os.WriteFile(point, nil, 0o600); err != nil {
-		c.t.Fatal(err)
-	}
+	c.T.Helper()
+	stop := c.Hold(labtest.Point{Role: "source", State: migrate.SourceCopying})
 	id = c.start(g.Name, "host1", "host2", nil)
-	c.eventually("the migration copies", func() error { _, err := os.Stat(point + ".reached"); return err })
-	return id, func() {
-		if err := errors.Join(os.Remove(point), os.Remove(point+".reached")); err != nil {
-			c.t.Fatal(err)
-		}
-	}
+	c.Reached(stop)
+	return id, func() { c.Release(stop) }
 }

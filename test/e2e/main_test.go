@@ -6,9 +6,9 @@ import (
 	"context"
 	"fmt"
 	"os"
-	"os/exec"
-	"path/filepath"
 	"testing"
+
+	"github.com/lmctl/lmctl/test/labtest"
 )
 
 // binary is an lmctl built with failpoints, so that an agent can be held at
@@ -24,12 +24,8 @@ func setUp(m *testing.M) int {
 		return 1
 	}
 	defer os.RemoveAll(dir)
-	binary = filepath.Join(dir, "lmctl")
-	build := exec.CommandContext(context.Background(), "go", "build", "-tags", "failpoint", "-o", binary, "github.com/lmctl/lmctl/cmd/lmctl")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	build.Stderr = os.Stderr
-	if err := build.Run(); err != nil {
-		fmt.Fprintln(os.Stderr, "build lmctl:", err)
+	if binary, err = labtest.Build(context.Background(), dir, "failpoint"); err != nil {
+		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
 	return m.Run()

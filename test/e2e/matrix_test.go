@@ -5,8 +5,6 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -19,20 +17,7 @@ import (
 	"github.com/lmctl/lmctl/internal/api/lmctlv1"
 	"github.com/lmctl/lmctl/internal/lab"
 	"github.com/lmctl/lmctl/migrate"
-)
-
-// sourceStates and destinationStates are the states that a migration that
-// succeeds goes through.
-var (
-	sourceStates = []migrate.State{
-		migrate.SourcePreparing, migrate.SourceTracking, migrate.SourceCopying, migrate.SourceSuspending,
-		migrate.SourceFinalCopy, migrate.SourceReadyWait, migrate.SourceCommitting, migrate.SourceCommitted,
-		migrate.SourceHandedOver, migrate.SourceReleasing,
-	}
-	destinationStates = []migrate.State{
-		migrate.DestPreparing, migrate.DestReceiving, migrate.DestFinal, migrate.DestLoading,
-		migrate.DestReady, migrate.DestAccepted, migrate.DestRunning, migrate.DestOwned,
-	}
+	"github.com/lmctl/lmctl/test/labtest"
 )
 
 // fault is something that goes wrong while a migration stands at a state.
@@ -59,21 +44,24 @@ var faults = []fault{
 // the time a lab waits for something.
 func TestCrashMatrix(t *testing.T) {
 	var running sync.WaitGroup
-	for role, states := range map[string][]migrate.State{"source": sourceStates, "destination": destinationStates} {
+	for _, role := range []string{"source", "destination"} {
 		running.Go(func() {
-			t.Run(role, func(t *testing.T) { crashMatrix(newCluster(t, smallMemory), role, states) })
+			t.Run(role, func(t *testing.T) { crashMatrix(newCluster(t, smallMemory), role) })
 		})
 	}
 	running.Wait()
 }
 
 // crashMatrix is the part of the matrix in which migrations are held on one side.
-func crashMatrix(c *cluster, role string, states []migrate.State) {
+func crashMatrix(c *cluster, role string) {
 	var guest *flatGuest
-	for _, state := range states {
+	for _, p := range labtest.Points() {
+		if p.Role != role {
+			continue
+		}
 		for _, f := range faults {
-			c.t.Run(string(state)+"/"+strings.ReplaceAll(f.name, " ", "-"), func(t *testing.T) {
-				m := &matrixCase{cluster: c.in(t), role: role, state: state}
+			c.T.Run(string(p.State)+"/"+strings.ReplaceAll(f.name, " ", "-"), func(t *testing.T) {
+				m := &matrixCase{cluster: c.in(t), point: p}
 				m.guest = m.ready(guest)
 				guest = nil // unless it comes out of this well
 				if m.run(f) {
@@ -84,23 +72,10 @@ func crashMatrix(c *cluster, role string, states []migrate.State) {
 	}
 }
 
-// in is the cluster for a subtest.
-func (c *cluster) in(t *testing.T) *cluster {
-	sub := *c
-	sub.t = t
-	t.Cleanup(func() {
-		if t.Failed() {
-			sub.showLogs()
-		}
-	})
-	return &sub
-}
-
 // matrixCase is one cell of the matrix.
 type matrixCase struct {
 	*cluster
-	role  string
-	state migrate.State
+	point labtest.Point
 	guest *flatGuest
 	id    string
 
@@ -117,8 +92,8 @@ func (m *matrixCase) ready(g *flatGuest) *flatGuest {
 	}
 	again := *g
 	again.c = m.cluster
-	if info, err := m.cluster.guest("host2", g.name); err != nil {
-		m.t.Fatal(err)
+	if info, err := m.Guest("host2", g.name); err != nil {
+		m.T.Fatal(err)
 	} else if info != nil {
 		m.move(g.name, "host2", "host1")
 	}
@@ -129,21 +104,17 @@ func (m *matrixCase) ready(g *flatGuest) *flatGuest {
 // test if it should and does not.
 func (m *matrixCase) run(f fault) (lives bool) {
 	w := m.watchRunning(m.guest)
-	point := filepath.Join(m.failpoints, m.role+"."+string(m.state))
+	stop := m.Hold(m.point)
 	defer func() {
-		_ = os.Remove(point) // left by a case that failed
+		m.Release(stop) // also when the case has failed
 		if !lives {
 			m.destroyWhenFree()
 		}
 	}()
-	m.write(point)
 	m.id = m.start(m.guest.name, "host1", "host2", &lmctlv1.MigrationOptions{})
-	m.eventually("the migration reaches "+string(m.state), func() error {
-		_, err := os.Stat(point + ".reached")
-		return err
-	})
+	m.Reached(stop)
 	f.do(m)
-	m.remove(point, point+".reached")
+	m.Release(stop)
 	if f.undo != nil {
 		f.undo(m)
 	}
@@ -154,18 +125,18 @@ func (m *matrixCase) run(f fault) (lives bool) {
 		w.never2()
 	}
 	m.nothingLeft(m.guest, host)
-	return host != "" && !m.t.Failed()
+	return host != "" && !m.T.Failed()
 }
 
 // destroyWhenFree ends a guest whose migration may still be under way.
 func (m *matrixCase) destroyWhenFree() {
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	ctx, cancel := context.WithTimeout(context.Background(), labtest.Patience)
 	defer cancel()
 	// It may have ended long ago, or with its agent.
-	_, _ = m.clients["host1"].Migrations.Cancel(ctx, &lmctlv1.MigrationRequest{Id: m.id})
-	for _, h := range m.lab.Hosts() {
+	_, _ = m.Clients["host1"].Migrations.Cancel(ctx, &lmctlv1.MigrationRequest{Id: m.id})
+	for _, h := range m.Lab.Hosts() {
 		for ctx.Err() == nil {
-			g, err := m.cluster.guest(h, m.guest.name)
+			g, err := m.Guest(h, m.guest.name)
 			if err == nil && (g == nil || g.Migration == "" && g.Busy == "") {
 				break
 			}
@@ -178,11 +149,11 @@ func (m *matrixCase) destroyWhenFree() {
 // settled waits until both agents agree on where the guest is, and returns the
 // host that runs it, or none if it has ended.
 func (m *matrixCase) settled() (host string) {
-	m.t.Helper()
-	m.eventually("both hosts settle", func() (err error) {
+	m.T.Helper()
+	m.Eventually("both hosts settle", func() (err error) {
 		var running, ended []string
-		for _, h := range m.lab.Hosts() {
-			g, err := m.cluster.guest(h, m.guest.name)
+		for _, h := range m.Lab.Hosts() {
+			g, err := m.Guest(h, m.guest.name)
 			switch {
 			case err != nil:
 				return err
@@ -219,39 +190,39 @@ func (m *matrixCase) mayHaveEnded(host string) bool {
 }
 
 func (m *matrixCase) killAgent(host string) {
-	if err := m.lab.KillAgent(m.t.Context(), host); err != nil {
-		m.t.Fatal(err)
+	if err := m.Lab.KillAgent(m.T.Context(), host); err != nil {
+		m.T.Fatal(err)
 	}
 }
 
 func (m *matrixCase) startAgent(host string) {
-	if err := m.lab.StartAgent(m.t.Context(), host); err != nil {
-		m.t.Fatal(err)
+	if err := m.Lab.StartAgent(m.T.Context(), host); err != nil {
+		m.T.Fatal(err)
 	}
 }
 
 // killQEMU kills a host's copy of the guest, and skips where there is none yet
 // or no more.
 func (m *matrixCase) killQEMU(host string) {
-	pids := qemusOf(m.t, m.guest.uuid, m.lab.HostDir(host))
+	pids := qemusOf(m.T, m.guest.uuid, m.Lab.HostDir(host))
 	if len(pids) == 0 {
-		m.t.Logf("no copy on %s at this state", host)
+		m.T.Logf("no copy on %s at this state", host)
 		return
 	}
 	fd, err := unix.PidfdOpen(pids[0], 0)
 	if err != nil {
-		m.t.Fatal(err)
+		m.T.Fatal(err)
 	}
 	defer unix.Close(fd)
-	if !slices.Equal(pids, qemusOf(m.t, m.guest.uuid, m.lab.HostDir(host))) {
-		m.t.Fatalf("processes %v changed", pids)
+	if !slices.Equal(pids, qemusOf(m.T, m.guest.uuid, m.Lab.HostDir(host))) {
+		m.T.Fatalf("processes %v changed", pids)
 	}
 	if err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); err != nil {
-		m.t.Fatal(err)
+		m.T.Fatal(err)
 	}
 	poll := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
 	for {
-		_, err := unix.Poll(poll, int(patience/time.Millisecond))
+		_, err := unix.Poll(poll, int(labtest.Patience/time.Millisecond))
 		if !errors.Is(err, unix.EINTR) {
 			break
 		}
@@ -262,31 +233,31 @@ func (m *matrixCase) killQEMU(host string) {
 	}
 	m.killedShell = true
 	// Where the word is out, the vCPUs may have run when the kill came.
-	m.ranAtKill = m.role == "destination" && slices.Contains([]migrate.State{migrate.DestRunning, migrate.DestOwned}, m.state) ||
-		m.role == "source" && slices.Contains([]migrate.State{migrate.SourceHandedOver, migrate.SourceReleasing}, m.state)
+	m.ranAtKill = m.point.Role == "destination" && slices.Contains([]migrate.State{migrate.DestRunning, migrate.DestOwned}, m.point.State) ||
+		m.point.Role == "source" && slices.Contains([]migrate.State{migrate.SourceHandedOver, migrate.SourceReleasing}, m.point.State)
 }
 
 // cutLink parts the hosts for longer than they wait for one another.
 func (m *matrixCase) cutLink() {
-	if err := m.lab.Cut("host2"); err != nil {
-		m.t.Fatal(err)
+	if err := m.Lab.Cut("host2"); err != nil {
+		m.T.Fatal(err)
 	}
 }
 
 // healLink waits until the source has noticed before it heals, so that a cut
-// is never shorter than the peers' patience.
+// is never shorter than the peers' labtest.Patience.
 func (m *matrixCase) healLink() {
 	report := m.wait("host1", m.id)
-	m.t.Logf("cut off: %s", report.Result)
-	if err := m.lab.Heal("host2"); err != nil {
-		m.t.Fatal(err)
+	m.T.Logf("cut off: %s", report.Result)
+	if err := m.Lab.Heal("host2"); err != nil {
+		m.T.Fatal(err)
 	}
 }
 
 func (m *matrixCase) cancel() {
-	_, err := m.clients["host1"].Migrations.Cancel(m.t.Context(), &lmctlv1.MigrationRequest{Id: m.id})
+	_, err := m.Clients["host1"].Migrations.Cancel(m.T.Context(), &lmctlv1.MigrationRequest{Id: m.id})
 	if err != nil {
-		m.t.Fatal(err)
+		m.T.Fatal(err)
 	}
 }
 
@@ -296,22 +267,8 @@ func (m *matrixCase) fillMemory() { m.fill("host2") }
 func (m *matrixCase) freeMemory() {
 	// What the failure, if there is one, leads to comes first.
 	report := m.wait("host1", m.id)
-	m.t.Logf("out of memory: %s %s", report.Result, report.Error)
+	m.T.Logf("out of memory: %s %s", report.Result, report.Error)
 	m.empty("host2")
-}
-
-func (m *matrixCase) write(path string) {
-	if err := os.WriteFile(path, nil, 0o600); err != nil {
-		m.t.Fatal(err)
-	}
-}
-
-func (m *matrixCase) remove(paths ...string) {
-	for _, p := range paths {
-		if err := os.Remove(p); err != nil {
-			m.t.Fatal(err)
-		}
-	}
 }
 
 // smallMemory leaves a host little room for guests.

@@ -18,6 +18,7 @@ import (
 	"github.com/lmctl/lmctl/internal/pki"
 	"github.com/lmctl/lmctl/internal/testenv"
 	"github.com/lmctl/lmctl/migrate"
+	"github.com/lmctl/lmctl/test/labtest"
 )
 
 var quiet = flat.Config{Memory: 32 << 20, Pages: 1000, Rate: 5000}
@@ -25,20 +26,20 @@ var quiet = flat.Config{Memory: 32 << 20, Pages: 1000, Rate: 5000}
 // refused starts a migration that must be refused for a reason, and checks
 // that the guest runs on at the source and nothing is at the destination.
 func (c *cluster) refused(g *flatGuest, to, reason string) {
-	c.t.Helper()
-	m, err := c.clients["host1"].Migrations.Start(c.t.Context(), &lmctlv1.StartMigrationRequest{Guest: g.name, Destination: to, Options: &lmctlv1.MigrationOptions{}})
+	c.T.Helper()
+	m, err := c.Clients["host1"].Migrations.Start(c.T.Context(), &lmctlv1.StartMigrationRequest{Guest: g.name, Destination: to, Options: &lmctlv1.MigrationOptions{}})
 	var text string
 	if err != nil {
 		text = err.Error()
 	} else {
 		r := c.wait("host1", m.Id)
 		if r.Result != migrate.Refused {
-			c.t.Fatalf("%s: %s, want refused", r.Result, r.Error)
+			c.T.Fatalf("%s: %s, want refused", r.Result, r.Error)
 		}
 		text = r.Error
 	}
 	if !strings.Contains(text, reason) {
-		c.t.Errorf("refused with %q, want a word of %q", text, reason)
+		c.T.Errorf("refused with %q, want a word of %q", text, reason)
 	}
 	g.goesOn("host1")
 	c.nothingLeft(g, "host1")
@@ -60,7 +61,7 @@ func TestDestinationLacks(t *testing.T) {
 		g := c.startFlat("large", "host1", quiet, "")
 		defer c.destroy(g)
 		c.fill("host2")
-		c.refused(g, "host2", c.lab.MemoryDir("host2"))
+		c.refused(g, "host2", c.Lab.MemoryDir("host2"))
 		c.empty("host2")
 		c.move("large", "host1", "host2") // and then it fits
 		g.goesOn("host2")
@@ -92,31 +93,31 @@ func TestDevicesThatCannotMove(t *testing.T) {
 
 // serveDisk runs QEMU's storage daemon with a vhost-user disk.
 func (c *cluster) serveDisk(socket string) {
-	c.t.Helper()
-	image := filepath.Join(c.t.TempDir(), "disk.img")
+	c.T.Helper()
+	image := filepath.Join(c.T.TempDir(), "disk.img")
 	if err := os.WriteFile(image, make([]byte, 1<<20), 0o600); err != nil {
-		c.t.Fatal(err)
+		c.T.Fatal(err)
 	}
-	daemon := exec.Command(testenv.NeedTool(c.t, "qemu-storage-daemon"),
+	daemon := exec.Command(testenv.NeedTool(c.T, "qemu-storage-daemon"),
 		"--blockdev", "driver=file,node-name=disk,filename="+image,
 		"--export", "type=vhost-user-blk,id=export,node-name=disk,addr.type=unix,addr.path="+socket)
 	daemon.Stderr = os.Stderr
 	if err := daemon.Start(); err != nil {
-		c.t.Fatal(err)
+		c.T.Fatal(err)
 	}
-	c.t.Cleanup(func() {
+	c.T.Cleanup(func() {
 		if err := daemon.Process.Kill(); err != nil {
-			c.t.Error(err)
+			c.T.Error(err)
 		}
 		_ = daemon.Wait() // it was killed
 	})
-	c.eventually("the storage daemon listens", func() error { _, err := os.Stat(socket); return err })
+	c.Eventually("the storage daemon listens", func() error { _, err := os.Stat(socket); return err })
 }
 
 // bridgeOn makes a bridge in a host's namespace.
 func (c *cluster) bridgeOn(host, name string) {
-	c.t.Helper()
-	err := c.lab.In(host, func() error {
+	c.T.Helper()
+	err := c.Lab.In(host, func() error {
 		b := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: name}}
 		if err := netlink.LinkAdd(b); err != nil {
 			return err
@@ -124,7 +125,7 @@ func (c *cluster) bridgeOn(host, name string) {
 		return netlink.LinkSetUp(b)
 	})
 	if err != nil {
-		c.t.Fatal(err)
+		c.T.Fatal(err)
 	}
 }
 
@@ -132,19 +133,14 @@ func (c *cluster) bridgeOn(host, name string) {
 func TestSecondMigration(t *testing.T) {
 	c := newCluster(t)
 	g := c.startFlat("twice", "host1", quiet, "")
-	point := filepath.Join(c.failpoints, "source."+string(migrate.SourceCopying))
-	if err := os.WriteFile(point, nil, 0o600); err != nil {
-		t.Fatal(err)
-	}
+	stop := c.Hold(labtest.Point{Role: "source", State: migrate.SourceCopying})
 	id := c.start("twice", "host1", "host2", nil)
-	c.eventually("the first migration copies", func() error { _, err := os.Stat(point + ".reached"); return err })
-	_, err := c.clients["host1"].Migrations.Start(t.Context(), &lmctlv1.StartMigrationRequest{Guest: "twice", Destination: "host2"})
+	c.Reached(stop)
+	_, err := c.Clients["host1"].Migrations.Start(t.Context(), &lmctlv1.StartMigrationRequest{Guest: "twice", Destination: "host2"})
 	if err == nil || !strings.Contains(err.Error(), "twice") {
 		t.Errorf("a second migration: %v", err)
 	}
-	if err := os.Remove(point); err != nil {
-		t.Fatal(err)
-	}
+	c.Release(stop)
 	if r := c.wait("host1", id); r.Result != migrate.Completed {
 		t.Fatalf("the first migration: %s: %s", r.Result, r.Error)
 	}
@@ -158,7 +154,7 @@ func TestWrongPlaces(t *testing.T) {
 	c.refused(g, "host1", "host1")
 	c.refused(g, "host9", "host9")
 	c.refused(g, "../../etc", "etc")
-	if _, err := c.clients["host1"].Migrations.Start(t.Context(), &lmctlv1.StartMigrationRequest{Guest: "no such\nguest", Destination: "host2"}); err == nil {
+	if _, err := c.Clients["host1"].Migrations.Start(t.Context(), &lmctlv1.StartMigrationRequest{Guest: "no such\nguest", Destination: "host2"}); err == nil {
 		t.Error("a guest that does not exist was migrated")
 	}
 }
@@ -168,7 +164,7 @@ func TestOddNames(t *testing.T) {
 	c := newCluster(t)
 	for _, name := range []string{"", ".", "..", "a/b", "../x", "a b", "a\x00b", "-rf", "ü", strings.Repeat("a", 65), "$(true)"} {
 		yaml := "name: " + quoteYAML(name) + "\nmemory: 32MiB\n"
-		if g, err := c.clients["host1"].Guests.Define(t.Context(), &lmctlv1.DefineRequest{Definition: []byte(yaml)}); err == nil {
+		if g, err := c.Clients["host1"].Guests.Define(t.Context(), &lmctlv1.DefineRequest{Definition: []byte(yaml)}); err == nil {
 			t.Errorf("guest %q was defined: %v", name, g)
 		} else if !strings.Contains(err.Error(), "name") {
 			t.Errorf("guest %q: %v", name, err)
@@ -197,7 +193,7 @@ func TestStrangersAtTheDoor(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	operator, err := tls.LoadX509KeyPair(filepath.Join(c.lab.CertDir("operator"), pki.CertFile), filepath.Join(c.lab.CertDir("operator"), pki.KeyFile))
+	operator, err := tls.LoadX509KeyPair(filepath.Join(c.Lab.CertDir("operator"), pki.CertFile), filepath.Join(c.Lab.CertDir("operator"), pki.KeyFile))
 	for name, cert := range map[string][]tls.Certificate{"no certificate": nil, "another authority's": {wrongCA}, "an operator's": {operator}} {
 		if name == "an operator's" && err != nil {
 			continue
@@ -206,7 +202,7 @@ func TestStrangersAtTheDoor(t *testing.T) {
 			t.Errorf("%s got an answer on the data plane", name)
 		}
 	}
-	conn, err := c.lab.Dial(t.Context(), "client", "tcp", addr)
+	conn, err := c.Lab.Dial(t.Context(), "client", "tcp", addr)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -221,20 +217,20 @@ func TestStrangersAtTheDoor(t *testing.T) {
 // knock makes a TLS connection from the client's namespace, says that it is a
 // migration, and reports whether anything came back.
 func (c *cluster) knock(addr string, config *tls.Config) bool {
-	c.t.Helper()
-	ctx, cancel := context.WithTimeout(c.t.Context(), patience)
+	c.T.Helper()
+	ctx, cancel := context.WithTimeout(c.T.Context(), labtest.Patience)
 	defer cancel()
-	raw, err := c.lab.Dial(ctx, "client", "tcp", addr)
+	raw, err := c.Lab.Dial(ctx, "client", "tcp", addr)
 	if err != nil {
-		c.t.Fatal(err)
+		c.T.Fatal(err)
 	}
 	defer raw.Close()
 	conn := tls.Client(raw, config)
 	if err := conn.HandshakeContext(ctx); err != nil {
 		return false
 	}
-	if err := conn.SetDeadline(time.Now().Add(patience)); err != nil {
-		c.t.Fatal(err)
+	if err := conn.SetDeadline(time.Now().Add(labtest.Patience)); err != nil {
+		c.T.Fatal(err)
 	}
 	if _, err := conn.Write([]byte("LMCT\x01\x00\x00\x00aaaaaaaaaaaaaaaa")); err != nil {
 		return false
@@ -245,12 +241,12 @@ func (c *cluster) knock(addr string, config *tls.Config) bool {
 
 // address is where a host's agent listens.
 func (c *cluster) address(host string) string {
-	r, err := c.clients[host].Hosts.Show(c.t.Context(), &lmctlv1.HostRequest{})
+	r, err := c.Clients[host].Hosts.Show(c.T.Context(), &lmctlv1.HostRequest{})
 	if err != nil {
-		c.t.Fatal(err)
+		c.T.Fatal(err)
 	}
 	if _, _, err := net.SplitHostPort(r.Address); err != nil {
-		c.t.Fatalf("address of %s: %v", host, err)
+		c.T.Fatalf("address of %s: %v", host, err)
 	}
 	return r.Address
 }
@@ -261,7 +257,7 @@ func TestDryRun(t *testing.T) {
 	c := newCluster(t)
 	check := func(g *flatGuest) *lmctlv1.MigrationVerdict {
 		t.Helper()
-		v, err := c.clients["host1"].Migrations.Check(t.Context(), &lmctlv1.StartMigrationRequest{Guest: g.name, Destination: "host2"})
+		v, err := c.Clients["host1"].Migrations.Check(t.Context(), &lmctlv1.StartMigrationRequest{Guest: g.name, Destination: "host2"})
 		if err != nil {
 			t.Fatal(err)
 		}

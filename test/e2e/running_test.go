@@ -30,9 +30,9 @@ type run struct {
 
 func (c *cluster) watchRunning(g *flatGuest) *runningWatch {
 	ctx, cancel := context.WithCancel(context.Background())
-	w := &runningWatch{t: c.t, cancel: cancel}
-	for _, host := range c.lab.Hosts() {
-		socket := filepath.Join(c.lab.RunDir(host), "guests", g.name, "observer.sock")
+	w := &runningWatch{t: c.T, cancel: cancel}
+	for _, host := range c.Lab.Hosts() {
+		socket := filepath.Join(c.Lab.RunDir(host), "guests", g.name, "observer.sock")
 		w.wg.Add(1)
 		go func() {
 			defer w.wg.Done()
@@ -41,9 +41,9 @@ func (c *cluster) watchRunning(g *flatGuest) *runningWatch {
 			}
 		}()
 	}
-	c.t.Cleanup(w.stop)
+	c.T.Cleanup(w.stop)
 	// The guest runs: a watch that has not seen that has not begun.
-	c.eventually("the watch sees the guest run", func() error {
+	c.Eventually("the watch sees the guest run", func() error {
 		w.mu.Lock()
 		defer w.mu.Unlock()
 		if len(w.runs) == 0 {

@@ -16,10 +16,10 @@ import (
 
 // show asks a host's agent for a guest that it must have.
 func (c *cluster) show(host, name string) *lmctlv1.Guest {
-	c.t.Helper()
-	g, err := c.clients[host].Guests.Show(c.t.Context(), &lmctlv1.GuestRequest{Name: name})
+	c.T.Helper()
+	g, err := c.Clients[host].Guests.Show(c.T.Context(), &lmctlv1.GuestRequest{Name: name})
 	if err != nil {
-		c.t.Fatal(err)
+		c.T.Fatal(err)
 	}
 	return g
 }
@@ -120,7 +120,7 @@ func TestDowngradeRefused(t *testing.T) {
 	c := olderAndNewer(t)
 	g := c.startFlat("modern", "host2", quiet, "")
 	started := c.show("host2", g.name)
-	own, err := c.clients["host1"].Hosts.Show(t.Context(), &lmctlv1.HostRequest{})
+	own, err := c.Clients["host1"].Hosts.Show(t.Context(), &lmctlv1.HostRequest{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -133,7 +133,7 @@ func TestDowngradeRefused(t *testing.T) {
 	}
 	g.goesOn("host2")
 	c.nothingLeft(g, "host2")
-	if info, err := c.guest("host1", g.name); err != nil || info != nil {
+	if info, err := c.Guest("host1", g.name); err != nil || info != nil {
 		t.Errorf("host1 has %v, %v", info, err)
 	}
 }

@@ -1,16 +1,12 @@
 package libvirt
 
 import (
-	"encoding/json"
-	"os/exec"
-	"path/filepath"
-	"strings"
-	"syscall"
 	"testing"
 
 	"github.com/lmctl/lmctl/bench"
 	"github.com/lmctl/lmctl/dirtymap"
 	"github.com/lmctl/lmctl/internal/testenv"
+	"github.com/lmctl/lmctl/test/labtest"
 )
 
 // The bench at its smallest: lmctl takes a domain away and virsh brings it back,
@@ -21,19 +17,7 @@ func TestBench(t *testing.T) {
 	testenv.NeedKVM(t)
 	testenv.NeedTracker(t, dirtymap.Probe)
 	testenv.NeedTool(t, "virsh")
-	dir := filepath.Join(t.TempDir(), "lab")
-	cmd := exec.CommandContext(t.Context(), work.binary, "bench", "libvirt", "--smallest", "--json", "--dir", dir)
-	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) } // it cleans up
-	var said strings.Builder
-	cmd.Stderr = &said
-	out, err := cmd.Output()
-	if err != nil {
-		t.Fatalf("%v: %s", err, said.String())
-	}
-	var r bench.Report
-	if err := json.Unmarshal(out, &r); err != nil {
-		t.Fatalf("%v in %s", err, out)
-	}
+	r := labtest.Bench(t, work.binary, "libvirt")
 	if len(r.Results) != 2 || len(r.Results[0].Samples) != 1 || len(r.Results[1].Samples) != 1 || r.Machine.Libvirt == "" {
 		t.Fatalf("%+v", r)
 	}
@@ -49,8 +33,5 @@ func TestBench(t *testing.T) {
 		if s.Switchover <= 0 || s.Downtime < s.Switchover || s.Total < s.Downtime || s.Bytes < 8<<20 || s.Own.Downtime <= 0 || s.Own.Passes < 1 {
 			t.Errorf("%s: %+v", who, s)
 		}
-	}
-	if left, err := filepath.Glob(filepath.Join(dir, "*")); err != nil || len(left) > 0 {
-		t.Errorf("left in %s: %q, %v", dir, left, err)
 	}
 }

@@ -30,7 +30,7 @@ func TestDryRun(t *testing.T) {
 		return path
 	}
 	network := write("lan.xml", lan)
-	for _, host := range c.lab.Hosts() {
+	for _, host := range c.Lab.Hosts() {
 		c.virsh(host, "net-define", network)
 		defer func() { c.virsh(host, "net-undefine", "lan") }()
 	}
@@ -40,7 +40,7 @@ func TestDryRun(t *testing.T) {
 	told, before := c.settings(g, "host1"), c.virsh("host1", "dumpxml", g.Name)
 	verdict := func(failing ...string) *lmctlv1.MigrationVerdict {
 		t.Helper()
-		v, err := c.clients["host1"].Migrations.Check(c.context(), &lmctlv1.StartMigrationRequest{Guest: g.Name, Destination: "host2"})
+		v, err := c.Clients["host1"].Migrations.Check(c.Context(), &lmctlv1.StartMigrationRequest{Guest: g.Name, Destination: "host2"})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -98,7 +98,7 @@ func TestDryRunMode(t *testing.T) {
 	g := c.start(lab.GuestSpec{Name: "unshared", Kind: lab.Flat, Host: "host1", Memory: 64 << 20, VCPUs: 1, Shape: domain.Shape{Backing: domain.Private}})
 	defer c.remove(g)
 	for wanted, mode := range map[string]string{"": "relay", "relay": "relay", "direct": ""} {
-		v, err := c.clients["host1"].Migrations.Check(c.context(), &lmctlv1.StartMigrationRequest{
+		v, err := c.Clients["host1"].Migrations.Check(c.Context(), &lmctlv1.StartMigrationRequest{
 			Guest: g.Name, Destination: "host2", Options: &lmctlv1.MigrationOptions{Mode: wanted}})
 		if err != nil {
 			t.Fatal(err)

@@ -99,8 +99,8 @@ var faults = []fault{
 func killer(host string, daemons ...lab.Daemon) func(*cell) {
 	return func(m *cell) {
 		for _, d := range daemons {
-			if err := m.lab.KillDaemon(m.context(), host, d); err != nil {
-				m.t.Fatal(err)
+			if err := m.Lab.KillDaemon(m.Context(), host, d); err != nil {
+				m.T.Fatal(err)
 			}
 		}
 	}
@@ -118,24 +118,24 @@ func starter(host string, daemons ...lab.Daemon) func(*cell) {
 func (m *cell) killQEMU(host string) {
 	pid, err := m.pid(m.guest, host)
 	if errors.Is(err, os.ErrNotExist) {
-		m.t.Logf("no copy on %s at this state", host)
+		m.T.Logf("no copy on %s at this state", host)
 		return
 	}
 	if err != nil {
-		m.t.Fatal(err)
+		m.T.Fatal(err)
 	}
 	fd, err := unix.PidfdOpen(pid, 0)
 	if err != nil {
-		m.t.Fatal(err)
+		m.T.Fatal(err)
 	}
 	defer unix.Close(fd)
 	if !slices.Contains(m.processes(m.guest), pid) {
-		m.t.Fatalf("process %d is not the guest's", pid)
+		m.T.Fatalf("process %d is not the guest's", pid)
 	}
 	if err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); err != nil {
-		m.t.Fatal(err)
+		m.T.Fatal(err)
 	}
-	m.eventually("QEMU ends", func() error {
+	m.Eventually("QEMU ends", func() error {
 		if slices.Contains(m.processes(m.guest), pid) {
 			return fmt.Errorf("process %d is there", pid)
 		}
@@ -149,58 +149,58 @@ func (m *cell) hasEnded(host string) {
 	// Where the word is out, the CPUs may have run when the end came.
 	m.ranAtKill = host == "host2" && slices.Contains([]migrate.State{
 		migrate.DestRunning, migrate.DestOwned, migrate.SourceHandedOver, migrate.SourceReleasing,
-	}, m.point.state)
+	}, m.point.State)
 }
 
 // cut parts the hosts for longer than they wait for one another.
 func (m *cell) cut() {
-	if err := m.lab.Cut("host2"); err != nil {
-		m.t.Fatal(err)
+	if err := m.Lab.Cut("host2"); err != nil {
+		m.T.Fatal(err)
 	}
 }
 
 // heal waits until the source has noticed before it heals.
 func (m *cell) heal() {
-	report, err := m.wait("host1", m.id)
-	if err := errors.Join(err, m.lab.Heal("host2")); err != nil {
-		m.t.Fatal(err)
+	report, err := m.Wait("host1", m.id)
+	if err := errors.Join(err, m.Lab.Heal("host2")); err != nil {
+		m.T.Fatal(err)
 	}
-	m.t.Logf("cut off: %s", report.Result)
+	m.T.Logf("cut off: %s", report.Result)
 }
 
 func (m *cell) cancel() {
-	if _, err := m.clients["host1"].Migrations.Cancel(m.t.Context(), &lmctlv1.MigrationRequest{Id: m.id}); err != nil {
-		m.t.Fatal(err)
+	if _, err := m.Clients["host1"].Migrations.Cancel(m.T.Context(), &lmctlv1.MigrationRequest{Id: m.id}); err != nil {
+		m.T.Fatal(err)
 	}
 }
 
 // resizeMemory gives a host's memory another size, in bytes.
 func (m *cell) resizeMemory(host string, size int64) {
-	m.t.Helper()
-	err := unix.Mount("", m.lab.MemoryDir(host), "", unix.MS_REMOUNT|unix.MS_NOSUID|unix.MS_NODEV, fmt.Sprintf("size=%d", size))
+	m.T.Helper()
+	err := unix.Mount("", m.Lab.MemoryDir(host), "", unix.MS_REMOUNT|unix.MS_NOSUID|unix.MS_NODEV, fmt.Sprintf("size=%d", size))
 	if err != nil {
-		m.t.Fatal(err)
+		m.T.Fatal(err)
 	}
 }
 
 // fillMemory leaves next to no room for guest memory on the destination.
 func (m *cell) fillMemory() {
 	var st unix.Statfs_t
-	if err := unix.Statfs(m.lab.MemoryDir("host2"), &st); err != nil {
-		m.t.Fatal(err)
+	if err := unix.Statfs(m.Lab.MemoryDir("host2"), &st); err != nil {
+		m.T.Fatal(err)
 	}
 	m.resizeMemory("host2", int64(st.Blocks-st.Bfree)*st.Bsize+1<<20)
 }
 
 // freeMemory gives the room back once the source has noticed.
 func (m *cell) freeMemory() {
-	report, err := m.wait("host1", m.id)
+	report, err := m.Wait("host1", m.id)
 	m.resizeMemory("host2", memoryLimit)
 	if err != nil {
-		m.t.Fatal(err)
+		m.T.Fatal(err)
 	}
 	if want := m.withoutRoom(); !slices.Contains(want, report.Result) {
-		m.t.Errorf("without room at the destination: %s %s, want it %s", report.Result, report.Error, want)
+		m.T.Errorf("without room at the destination: %s %s, want it %s", report.Result, report.Error, want)
 	}
 }
 
@@ -224,18 +224,18 @@ func (m *cell) withoutRoom() []migrate.Result {
 // virshMigrate moves the guest to the same host by another hand, which is refused
 // once libvirt has begun our own migration.
 func (m *cell) virshMigrate() {
-	_, err := m.lab.Output(m.context(), "host1", "virsh", "migrate", "--live", "--unsafe", "--persistent", "--undefinesource",
+	_, err := m.Lab.Output(m.Context(), "host1", "virsh", "migrate", "--live", "--unsafe", "--persistent", "--undefinesource",
 		m.guest.Name, "qemu+tcp://host2/system")
-	early := m.point.state == migrate.SourcePreparing || m.point.state == migrate.DestPreparing
+	early := m.point.State == migrate.SourcePreparing || m.point.State == migrate.DestPreparing
 	if (err == nil) != early {
-		m.t.Errorf("libvirt moves it: %v", err)
+		m.T.Errorf("libvirt moves it: %v", err)
 	}
 }
 
 // virshDestroy ends the source's copy by another hand.
 func (m *cell) virshDestroy() {
-	if _, err := m.lab.Output(m.context(), "host1", "virsh", "destroy", m.guest.Name); err != nil {
-		m.t.Logf("libvirt refuses: %v", err)
+	if _, err := m.Lab.Output(m.Context(), "host1", "virsh", "destroy", m.guest.Name); err != nil {
+		m.T.Logf("libvirt refuses: %v", err)
 		return
 	}
 	m.hasEnded("host1")
@@ -243,8 +243,8 @@ func (m *cell) virshDestroy() {
 
 // virshSuspend has the source's copy stand still by another hand.
 func (m *cell) virshSuspend() {
-	if _, err := m.lab.Output(m.context(), "host1", "virsh", "suspend", m.guest.Name); err != nil {
-		m.t.Logf("libvirt refuses: %v", err)
+	if _, err := m.Lab.Output(m.Context(), "host1", "virsh", "suspend", m.guest.Name); err != nil {
+		m.T.Logf("libvirt refuses: %v", err)
 		return
 	}
 	m.suspended = true

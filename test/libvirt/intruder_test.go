@@ -6,6 +6,7 @@ import (
 	"github.com/lmctl/lmctl/internal/api/lmctlv1"
 	"github.com/lmctl/lmctl/internal/lab/domain"
 	"github.com/lmctl/lmctl/migrate"
+	"github.com/lmctl/lmctl/test/labtest"
 )
 
 // A copy that another hand has run at the destination before the guest was handed
@@ -14,19 +15,19 @@ func TestResumedTooEarly(t *testing.T) {
 	c := newCluster(t).showing(t)
 	g := c.start(flatSpec("too-early", domain.Shape{}))
 	defer c.remove(g)
-	stop := c.hold(point{"destination", migrate.DestReady})
-	defer c.release(stop)
-	id, err := c.begin(g.Name, "host1", "host2", &lmctlv1.MigrationOptions{})
+	stop := c.Hold(labtest.Point{Role: "destination", State: migrate.DestReady})
+	defer c.Release(stop)
+	id, err := c.Begin(g.Name, "host1", "host2", &lmctlv1.MigrationOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	c.reached(stop)
+	c.Reached(stop)
 	c.virsh("host2", "resume", g.Name)
-	if _, err := c.clients["host1"].Migrations.Cancel(t.Context(), &lmctlv1.MigrationRequest{Id: id}); err != nil {
+	if _, err := c.Clients["host1"].Migrations.Cancel(t.Context(), &lmctlv1.MigrationRequest{Id: id}); err != nil {
 		t.Fatal(err)
 	}
-	c.release(stop)
-	if r, err := c.wait("host1", id); err != nil || r.Result != migrate.Cancelled {
+	c.Release(stop)
+	if r, err := c.Wait("host1", id); err != nil || r.Result != migrate.Cancelled {
 		t.Fatalf("cancelled: %+v, %v", r, err)
 	}
 	c.known(g, "host1")

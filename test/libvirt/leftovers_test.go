@@ -23,16 +23,16 @@ import (
 // host of the guest there is the guest and nothing more, on the other nothing.
 // An empty host means that the guest runs nowhere.
 func (c *cluster) nothingLeft(g lab.Guest, host string) {
-	c.t.Helper()
-	for _, h := range c.lab.Hosts() {
-		c.eventually("nothing of a migration is left on "+h, func() error { return c.tidy(g, h, h == host) })
+	c.T.Helper()
+	for _, h := range c.Lab.Hosts() {
+		c.Eventually("nothing of a migration is left on "+h, func() error { return c.tidy(g, h, h == host) })
 	}
 	running := 0
 	if host != "" {
 		running = 1
 	}
 	if pids := c.processes(g); len(pids) != running {
-		c.t.Errorf("processes %v of guest %s, want %d", pids, g.Name, running)
+		c.T.Errorf("processes %v of guest %s, want %d", pids, g.Name, running)
 	}
 }
 
@@ -40,7 +40,7 @@ func (c *cluster) tidy(g lab.Guest, host string, runs bool) error {
 	if err := c.noFiles(g, host); err != nil {
 		return err
 	}
-	active, err := c.lab.Output(c.context(), host, "virsh", "list", "--name")
+	active, err := c.Lab.Output(c.Context(), host, "virsh", "list", "--name")
 	if err != nil {
 		return err
 	}
@@ -51,7 +51,7 @@ func (c *cluster) tidy(g lab.Guest, host string, runs bool) error {
 	if runs && g.Shape.Backing != domain.Private { // memfd has a folder too
 		want = 1
 	}
-	memory, err := filepath.Glob(filepath.Join(c.lab.MemoryDir(host), "libvirt", "qemu", "*-"+g.Name))
+	memory, err := filepath.Glob(filepath.Join(c.Lab.MemoryDir(host), "libvirt", "qemu", "*-"+g.Name))
 	if err != nil || len(memory) != want {
 		return fmt.Errorf("memory %q, want %d (%v)", memory, want, err)
 	}
@@ -74,7 +74,7 @@ func (c *cluster) tidy(g lab.Guest, host string, runs bool) error {
 
 // noFiles checks that the agent of a host keeps nothing of a guest's migrations.
 func (c *cluster) noFiles(g lab.Guest, host string) error {
-	path := filepath.Join(c.lab.Outside(host, "/run/lmctl"), "libvirt", g.UUID)
+	path := filepath.Join(c.Lab.Outside(host, "/run/lmctl"), "libvirt", g.UUID)
 	if _, err := os.Stat(path); !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("%s is there (%v)", path, err)
 	}
@@ -90,14 +90,14 @@ type traces []string
 var domainNumber = regexp.MustCompile(`\b\d+-`)
 
 func (c *cluster) traces(g lab.Guest, host string) traces {
-	c.t.Helper()
+	c.T.Helper()
 	var found traces
 	for line := range strings.Lines(c.virsh(host, "list", "--all")) {
 		if fields := strings.Fields(line); len(fields) > 2 && fields[1] == g.Name {
 			found = append(found, strings.Join(fields[1:], " "))
 		}
 	}
-	root := filepath.Join(c.lab.Dir(), "hosts", host)
+	root := filepath.Join(c.Lab.Dir(), "hosts", host)
 	err := filepath.WalkDir(root, func(path string, _ fs.DirEntry, err error) error {
 		if errors.Is(err, fs.ErrNotExist) {
 			return nil // it has gone meanwhile
@@ -116,7 +116,7 @@ func (c *cluster) traces(g lab.Guest, host string) traces {
 		return nil
 	})
 	if err != nil {
-		c.t.Fatal(err)
+		c.T.Fatal(err)
 	}
 	return found
 }
@@ -137,7 +137,7 @@ func (t traces) atRest() traces {
 
 // pid is that of a guest's QEMU on a host.
 func (c *cluster) pid(g lab.Guest, host string) (int, error) {
-	text, err := os.ReadFile(c.lab.Outside(host, "/run/libvirt/qemu/"+g.Name+".pid"))
+	text, err := os.ReadFile(c.Lab.Outside(host, "/run/libvirt/qemu/"+g.Name+".pid"))
 	if err != nil {
 		return 0, err
 	}
@@ -146,10 +146,10 @@ func (c *cluster) pid(g lab.Guest, host string) (int, error) {
 
 // processes are all QEMUs of a guest.
 func (c *cluster) processes(g lab.Guest) []int {
-	c.t.Helper()
+	c.T.Helper()
 	lines, err := filepath.Glob("/proc/[0-9]*/cmdline")
 	if err != nil {
-		c.t.Fatal(err)
+		c.T.Fatal(err)
 	}
 	var pids []int
 	for _, path := range lines {
@@ -160,7 +160,7 @@ func (c *cluster) processes(g lab.Guest) []int {
 		if bytes.Contains(b, []byte("-uuid\x00"+g.UUID+"\x00")) {
 			pid, err := strconv.Atoi(filepath.Base(filepath.Dir(path)))
 			if err != nil {
-				c.t.Fatal(err)
+				c.T.Fatal(err)
 			}
 			pids = append(pids, pid)
 		}
@@ -170,7 +170,7 @@ func (c *cluster) processes(g lab.Guest) []int {
 
 // capabilities are the migration capabilities of a guest's QEMU that are on.
 func (c *cluster) capabilities(g lab.Guest, host string) (string, error) {
-	out, err := c.lab.Output(c.context(), host, "virsh", "qemu-monitor-command", g.Name, "--hmp", "info migrate_capabilities")
+	out, err := c.Lab.Output(c.Context(), host, "virsh", "qemu-monitor-command", g.Name, "--hmp", "info migrate_capabilities")
 	if err != nil {
 		return "", err
 	}
@@ -191,29 +191,29 @@ type settings struct {
 }
 
 func (c *cluster) settings(g lab.Guest, host string) settings {
-	c.t.Helper()
+	c.T.Helper()
 	on, err := c.capabilities(g, host)
 	if err != nil {
-		c.t.Fatal(err)
+		c.T.Fatal(err)
 	}
 	return settings{capabilities: on, parameters: c.virsh(host, "qemu-monitor-command", g.Name, "--hmp", "info migrate_parameters")}
 }
 
 // sameSettings checks that a guest's QEMU has the settings of before.
 func (c *cluster) sameSettings(g lab.Guest, host string, before settings) {
-	c.t.Helper()
+	c.T.Helper()
 	now := c.settings(g, host)
 	if now.capabilities != before.capabilities {
-		c.t.Errorf("capabilities %q on %s, were %q at first", now.capabilities, host, before.capabilities)
+		c.T.Errorf("capabilities %q on %s, were %q at first", now.capabilities, host, before.capabilities)
 	}
 	if before.parameters != "" && now.parameters != before.parameters {
-		c.t.Errorf("parameters on %s:\n%s\nat first:\n%s", host, now.parameters, before.parameters)
+		c.T.Errorf("parameters on %s:\n%s\nat first:\n%s", host, now.parameters, before.parameters)
 	}
 }
 
 // diskOwner says whether the disk of a guest that runs is still QEMU's to open.
 func (c *cluster) diskOwner(g lab.Guest) error {
-	paths, err := filepath.Glob(filepath.Join(c.lab.Storage(), g.Name+".*"))
+	paths, err := filepath.Glob(filepath.Join(c.Lab.Storage(), g.Name+".*"))
 	if err != nil || len(paths) != 1 {
 		return fmt.Errorf("disks %q (%v)", paths, err)
 	}

@@ -7,12 +7,12 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"testing"
 
 	"github.com/lmctl/lmctl/guest/linux"
 	"github.com/lmctl/lmctl/internal/lab"
+	"github.com/lmctl/lmctl/test/labtest"
 )
 
 // all says that every shape and every cell of the matrix is wanted, which takes
@@ -45,12 +45,8 @@ func setUp(ctx context.Context) (err error) {
 	if work.dir, err = os.MkdirTemp("", "lmctl-libvirt-"); err != nil {
 		return err
 	}
-	work.binary = filepath.Join(work.dir, "lmctl")
-	build := exec.CommandContext(ctx, "go", "build", "-tags", "failpoint", "-o", work.binary, "github.com/lmctl/lmctl/cmd/lmctl")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	build.Stderr = os.Stderr
-	if err := build.Run(); err != nil {
-		return fmt.Errorf("build lmctl: %w", err)
+	if work.binary, err = labtest.Build(ctx, work.dir, "failpoint"); err != nil {
+		return err
 	}
 	init, err := linux.BuildInit(ctx)
 	if err != nil {
@@ -61,14 +57,10 @@ func setUp(ctx context.Context) (err error) {
 }
 
 func tearDown() error {
-	var err error
 	if common != nil {
-		ctx, cancel := context.WithTimeout(context.Background(), patience)
-		defer cancel()
-		err = lab.Down(ctx, common.Dir())
-	}
-	if err != nil {
-		return err // the lab's mounts may still be there
+		if err := labtest.Down(common); err != nil {
+			return err
+		}
 	}
 	return os.RemoveAll(work.dir)
 }

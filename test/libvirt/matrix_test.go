@@ -4,8 +4,6 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -16,66 +14,8 @@ import (
 	"github.com/lmctl/lmctl/internal/lab"
 	"github.com/lmctl/lmctl/internal/lab/domain"
 	"github.com/lmctl/lmctl/migrate"
+	"github.com/lmctl/lmctl/test/labtest"
 )
-
-// point is a state of a migration, on one side, that agents are held at.
-type point struct {
-	role  string
-	state migrate.State
-}
-
-func (p point) String() string { return p.role + "." + string(p.state) }
-
-// points are all states of a migration that succeeds.
-func points() []point {
-	var all []point
-	for _, s := range []migrate.State{
-		migrate.SourcePreparing, migrate.SourceTracking, migrate.SourceCopying, migrate.SourceSuspending,
-		migrate.SourceFinalCopy, migrate.SourceReadyWait, migrate.SourceCommitting, migrate.SourceCommitted,
-		migrate.SourceHandedOver, migrate.SourceReleasing,
-	} {
-		all = append(all, point{"source", s})
-	}
-	for _, s := range []migrate.State{
-		migrate.DestPreparing, migrate.DestReceiving, migrate.DestFinal, migrate.DestLoading,
-		migrate.DestReady, migrate.DestAccepted, migrate.DestRunning, migrate.DestOwned,
-	} {
-		all = append(all, point{"destination", s})
-	}
-	return all
-}
-
-// held is the file by which agents stop at a state.
-type held string
-
-// hold has the lab's agents stop at a state, until they are released.
-func (c *cluster) hold(p point) held {
-	c.t.Helper()
-	file := filepath.Join(failpoints(c.lab.Dir()), p.String())
-	if err := os.WriteFile(file, nil, 0o600); err != nil {
-		c.t.Fatal(err)
-	}
-	return held(file)
-}
-
-// reached waits until an agent has stopped there.
-func (c *cluster) reached(h held) {
-	c.t.Helper()
-	c.eventually("the migration reaches "+filepath.Base(string(h)), func() error {
-		_, err := os.Stat(string(h) + ".reached")
-		return err
-	})
-}
-
-// release lets it go on. It may be repeated.
-func (c *cluster) release(h held) {
-	c.t.Helper()
-	for _, file := range []string{string(h), string(h) + ".reached"} {
-		if err := os.Remove(file); err != nil && !errors.Is(err, os.ErrNotExist) {
-			c.t.Error(err)
-		}
-	}
-}
 
 // lane is the part of the matrix in which migrations of one mode are held on one
 // side.
@@ -119,12 +59,12 @@ func (l lane) run(c *cluster) {
 			c.remove(*guest)
 		}
 	}()
-	for _, p := range points() {
+	for _, p := range labtest.Points() {
 		for _, f := range faults {
-			if p.role != l.role || l.mode == migrate.Relay && !relayed(p.state) || !all && !slices.Contains(f.usual(l.mode), p.state) {
+			if p.Role != l.role || l.mode == migrate.Relay && !relayed(p.State) || !all && !slices.Contains(f.usual(l.mode), p.State) {
 				continue
 			}
-			c.t.Run(string(p.state)+"/"+f.name, func(t *testing.T) {
+			c.T.Run(string(p.State)+"/"+f.name, func(t *testing.T) {
 				m := &cell{cluster: c.showing(t), point: p, mode: l.mode}
 				m.ready(guest)
 				guest = nil // unless it comes out of this well
@@ -142,7 +82,7 @@ func relayed(s migrate.State) bool { return s != migrate.DestLoading }
 // cell is one of the matrix.
 type cell struct {
 	*cluster
-	point point
+	point labtest.Point
 	mode  migrate.Mode
 	guest lab.Guest
 	id    string
@@ -164,9 +104,9 @@ func (m *cell) ready(g *lab.Guest) {
 		return
 	}
 	m.guest = *g
-	info, err := m.cluster.guest("host2", g.Name)
+	info, err := m.Guest("host2", g.Name)
 	if err != nil {
-		m.t.Fatal(err)
+		m.T.Fatal(err)
 	}
 	if info != nil {
 		m.move(*g, "host2", "host1")
@@ -178,20 +118,20 @@ func (m *cell) ready(g *lab.Guest) {
 func (m *cell) run(f fault) (lives bool) {
 	m.look()
 	w := m.watch()
-	stop := m.hold(m.point)
+	stop := m.Hold(m.point)
 	defer func() {
-		m.release(stop) // also when the cell has failed
+		m.Release(stop) // also when the cell has failed
 		if !lives {
 			m.giveUp()
 		}
 	}()
 	var err error
-	if m.id, err = m.begin(m.guest.Name, "host1", "host2", &lmctlv1.MigrationOptions{Mode: string(m.mode)}); err != nil {
-		m.t.Fatal(err)
+	if m.id, err = m.Begin(m.guest.Name, "host1", "host2", &lmctlv1.MigrationOptions{Mode: string(m.mode)}); err != nil {
+		m.T.Fatal(err)
 	}
-	m.reached(stop)
+	m.Reached(stop)
 	f.do(m)
-	m.release(stop)
+	m.Release(stop)
 	if f.undo != nil {
 		f.undo(m)
 	}
@@ -202,13 +142,13 @@ func (m *cell) run(f fault) (lives bool) {
 	w.neverTwice()
 	m.nothingLeft(m.guest, host)
 	m.asBefore(host)
-	return host != "" && !m.t.Failed()
+	return host != "" && !m.T.Failed()
 }
 
 // look notes what there is of the guest.
 func (m *cell) look() {
 	m.before = make(map[string]traces)
-	for _, h := range m.lab.Hosts() {
+	for _, h := range m.Lab.Hosts() {
 		m.before[h] = m.traces(m.guest, h)
 	}
 	m.told = m.settings(m.guest, "host1")
@@ -218,8 +158,8 @@ func (m *cell) look() {
 // before, whichever has it now. None does if it has ended: of that its definition
 // is left, where it was last.
 func (m *cell) asBefore(host string) {
-	m.t.Helper()
-	for _, h := range m.lab.Hosts() {
+	m.T.Helper()
+	for _, h := range m.Lab.Hosts() {
 		want := m.before["host2"]
 		switch {
 		case h == host:
@@ -227,7 +167,7 @@ func (m *cell) asBefore(host string) {
 		case host == "" && m.endedOn == h:
 			want = m.before["host1"].atRest()
 		}
-		m.eventually("virsh list and files on "+h+" are as before", func() error {
+		m.Eventually("virsh list and files on "+h+" are as before", func() error {
 			if got := m.traces(m.guest, h); !slices.Equal(got, want) {
 				return fmt.Errorf("there is %q, and was %q", got, want)
 			}
@@ -242,14 +182,14 @@ func (m *cell) asBefore(host string) {
 // giveUp ends a guest whose migration may still be under way, and daemons that
 // may still be dead.
 func (m *cell) giveUp() {
-	ctx := m.context()
-	if _, err := m.lab.StartDead(ctx); err != nil {
-		m.t.Error(err)
+	ctx := m.Context()
+	if _, err := m.Lab.StartDead(ctx); err != nil {
+		m.T.Error(err)
 	}
-	_, _ = m.clients["host1"].Migrations.Cancel(ctx, &lmctlv1.MigrationRequest{Id: m.id}) // it may have ended
-	for _, h := range m.lab.Hosts() {
+	_, _ = m.Clients["host1"].Migrations.Cancel(ctx, &lmctlv1.MigrationRequest{Id: m.id}) // it may have ended
+	for _, h := range m.Lab.Hosts() {
 		for ctx.Err() == nil {
-			g, err := m.cluster.guest(h, m.guest.Name)
+			g, err := m.Guest(h, m.guest.Name)
 			if err == nil && (g == nil || g.Migration == "" && g.Busy == "") {
 				break
 			}
@@ -262,11 +202,11 @@ func (m *cell) giveUp() {
 // settled waits until both agents agree on where the guest is, and returns the
 // host that runs it, or none if it has ended.
 func (m *cell) settled() (host string) {
-	m.t.Helper()
-	m.eventually("both hosts settle", func() (err error) {
+	m.T.Helper()
+	m.Eventually("both hosts settle", func() (err error) {
 		var running, ended []string
-		for _, h := range m.lab.Hosts() {
-			g, err := m.cluster.guest(h, m.guest.Name)
+		for _, h := range m.Lab.Hosts() {
+			g, err := m.Guest(h, m.guest.Name)
 			switch {
 			case err != nil:
 				return err
@@ -278,7 +218,7 @@ func (m *cell) settled() (host string) {
 			case g.State == "running" && m.killed[h]:
 				return fmt.Errorf("%s has not noticed yet that its copy was ended", h)
 			case g.State == "paused" && m.suspended:
-				if _, err := m.lab.Output(m.context(), h, "virsh", "resume", m.guest.Name); err != nil {
+				if _, err := m.Lab.Output(m.Context(), h, "virsh", "resume", m.guest.Name); err != nil {
 					return err
 				}
 				return errors.New("it stood still, as it was told")

@@ -39,15 +39,15 @@ func TestRelay(t *testing.T) {
 	asBefore("host1")
 
 	slow := &lmctlv1.MigrationOptions{Mode: string(migrate.Relay), Bandwidth: proto.Int64(1 << 20)}
-	id, err := c.begin(g.Name, "host1", "host2", slow)
+	id, err := c.Begin(g.Name, "host1", "host2", slow)
 	if err != nil {
 		t.Fatal(err)
 	}
-	c.eventually("the migration copies", func() error { return c.inState("host1", id, migrate.SourceCopying) })
-	if _, err := c.clients["host1"].Migrations.Cancel(t.Context(), &lmctlv1.MigrationRequest{Id: id}); err != nil {
+	c.Eventually("the migration copies", func() error { return c.inState("host1", id, migrate.SourceCopying) })
+	if _, err := c.Clients["host1"].Migrations.Cancel(t.Context(), &lmctlv1.MigrationRequest{Id: id}); err != nil {
 		t.Fatal(err)
 	}
-	if r, err := c.wait("host1", id); err != nil || r.Result != migrate.Cancelled {
+	if r, err := c.Wait("host1", id); err != nil || r.Result != migrate.Cancelled {
 		t.Fatalf("cancelled: %+v, %v", r, err)
 	}
 	asBefore("host1")

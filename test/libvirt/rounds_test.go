@@ -40,7 +40,7 @@ func TestRounds(t *testing.T) {
 }
 
 func (c *cluster) round(g lab.Guest) {
-	c.t.Helper()
+	c.T.Helper()
 	persistent, autostart := "yes", "enable"
 	back := []string{"migrate", "--live", "--unsafe", g.Name, "qemu+tcp://host1/system", "--persistent", "--undefinesource"}
 	if g.Shape.Transient {
@@ -49,12 +49,12 @@ func (c *cluster) round(g lab.Guest) {
 		c.virsh("host1", "autostart", g.Name) // virsh does not bring it back
 	}
 	r := c.move(g, "host1", "host2")
-	c.t.Logf("%s", words(r))
+	c.T.Logf("%s", words(r))
 	c.healthy(g, "host2")
 	c.nothingLeft(g, "host2")
 	about := c.virsh("host2", "dominfo", g.Name)
 	if field(about, "Persistent") != persistent || field(about, "Autostart") != autostart {
-		c.t.Errorf("wanted persistent %s, autostart %s:\n%s", persistent, autostart, about)
+		c.T.Errorf("wanted persistent %s, autostart %s:\n%s", persistent, autostart, about)
 	}
 	c.virsh("host2", back...)
 	c.known(g, "host1") // virsh does not wait until the agents have heard of it
@@ -64,10 +64,10 @@ func (c *cluster) round(g lab.Guest) {
 
 // known waits until the agents have seen where virsh has moved a guest.
 func (c *cluster) known(g lab.Guest, host string) {
-	c.t.Helper()
-	c.eventually("the agents follow virsh", func() error {
-		for _, h := range c.lab.Hosts() {
-			info, err := c.guest(h, g.Name)
+	c.T.Helper()
+	c.Eventually("the agents follow virsh", func() error {
+		for _, h := range c.Lab.Hosts() {
+			info, err := c.Guest(h, g.Name)
 			switch {
 			case err != nil:
 				return err
@@ -106,7 +106,7 @@ func TestSnapshotsAndSavesRefused(t *testing.T) {
 
 	// A libvirtd that starts believes in the file.
 	save := "/var/lib/libvirt/qemu/save/" + g.Name + ".save"
-	if _, err := c.lab.Output(c.context(), "host1", "touch", save); err != nil {
+	if _, err := c.Lab.Output(c.Context(), "host1", "touch", save); err != nil {
 		t.Fatal(err)
 	}
 	c.restartLibvirtd("host1")
@@ -120,9 +120,9 @@ func TestSnapshotsAndSavesRefused(t *testing.T) {
 // restartLibvirtd ends a host's libvirtd as an upgrade does, and waits until the
 // agent has found the next.
 func (c *cluster) restartLibvirtd(host string) {
-	c.t.Helper()
-	if err := c.lab.SignalDaemon(c.context(), host, lab.Libvirtd, unix.SIGTERM, true); err != nil {
-		c.t.Fatal(err)
+	c.T.Helper()
+	if err := c.Lab.SignalDaemon(c.Context(), host, lab.Libvirtd, unix.SIGTERM, true); err != nil {
+		c.T.Fatal(err)
 	}
 	c.startDaemon(host, lab.Libvirtd)
 }
@@ -130,19 +130,19 @@ func (c *cluster) restartLibvirtd(host string) {
 // startDaemon starts a daemon and waits until the host's agent, if it runs, has
 // what it says of its guests.
 func (c *cluster) startDaemon(host string, d lab.Daemon) {
-	c.t.Helper()
-	if err := c.lab.StartDaemon(c.context(), host, d); err != nil {
-		c.t.Fatal(err)
+	c.T.Helper()
+	if err := c.Lab.StartDaemon(c.Context(), host, d); err != nil {
+		c.T.Fatal(err)
 	}
-	if runs, err := c.lab.DaemonRuns(host, lab.Libvirtd); err != nil {
-		c.t.Fatal(err)
+	if runs, err := c.Lab.DaemonRuns(host, lab.Libvirtd); err != nil {
+		c.T.Fatal(err)
 	} else if !runs {
 		return // the agent has nobody to ask yet
 	}
-	c.eventually("the agent of "+host+" has a libvirtd", func() error {
+	c.Eventually("the agent of "+host+" has a libvirtd", func() error {
 		names := strings.Fields(c.virsh(host, "list", "--all", "--name"))
 		for _, name := range names {
-			info, err := c.guest(host, name)
+			info, err := c.Guest(host, name)
 			if err != nil {
 				return err
 			}

@@ -22,7 +22,7 @@ type runningWatch struct {
 func (m *cell) watch() *runningWatch {
 	ctx, cancel := context.WithCancel(context.Background())
 	w := &runningWatch{m: m, cancel: cancel, over: make(chan struct{})}
-	m.t.Cleanup(cancel)
+	m.T.Cleanup(cancel)
 	go func() {
 		defer close(w.over)
 		w.err = m.compare(ctx)
@@ -35,7 +35,7 @@ func (w *runningWatch) neverTwice() {
 	w.cancel()
 	<-w.over
 	if w.err != nil {
-		w.m.t.Error(w.err)
+		w.m.T.Error(w.err)
 	}
 }
 
@@ -62,7 +62,7 @@ func (m *cell) compare(ctx context.Context) error {
 
 // counter is what a host's copy of the guest has counted to.
 func (m *cell) counter(host string) (uint64, error) {
-	paths, err := filepath.Glob(filepath.Join(m.lab.MemoryDir(host), "libvirt", "qemu", "*-"+m.guest.Name, "pc.ram"))
+	paths, err := filepath.Glob(filepath.Join(m.Lab.MemoryDir(host), "libvirt", "qemu", "*-"+m.guest.Name, "pc.ram"))
 	if err != nil || len(paths) != 1 {
 		return 0, fmt.Errorf("memory files %q (%v)", paths, err)
 	}

@@ -126,7 +126,7 @@ func (s *shapeCase) refused(options *lmctlv1.MigrationOptions) {
 		said = fmt.Sprintf("%s: %s", r.Result, r.Error)
 	}
 	if err == nil && r.Result == migrate.Completed || !strings.Contains(said, s.why) {
-		s.t.Errorf("its migration: %s; wanted a refusal with %q", said, s.why)
+		s.T.Errorf("its migration: %s; wanted a refusal with %q", said, s.why)
 	}
 	s.healthy(s.guest, "host1")
 	s.nothingLeft(s.guest, "host1")
@@ -142,7 +142,7 @@ func (s *shapeCase) thereAndBack() {
 // leg moves the guest, and sees that it is an ordinary one at once, with the
 // settings of before.
 func (s *shapeCase) leg(from, to string, before settings) {
-	s.t.Helper()
+	s.T.Helper()
 	var r *migrate.Report
 	if s.why == "" {
 		r = s.move(s.guest, from, to)
@@ -151,12 +151,12 @@ func (s *shapeCase) leg(from, to string, before settings) {
 	}
 	s.table.add(s.shape.Name, from+" to "+to, words(r))
 	if s.shape.Linux && r.Announced < 1 {
-		s.t.Error("no address was announced")
+		s.T.Error("no address was announced")
 	}
 	s.healthy(s.guest, to)
 	s.nothingLeft(s.guest, to)
 	if known := strings.Fields(s.virsh(from, "list", "--all", "--name")); slices.Contains(known, s.guest.Name) {
-		s.t.Errorf("%s still knows it", from)
+		s.T.Errorf("%s still knows it", from)
 	}
 	s.sameSettings(s.guest, to, before)
 	s.ordinary(to)
@@ -169,19 +169,19 @@ func (s *shapeCase) ordinary(host string) {
 		want = "no"
 	}
 	if about := s.virsh(host, "dominfo", s.guest.Name); field(about, "Persistent") != want || field(about, "State") != "running" {
-		s.t.Errorf("on %s, wanted persistent %s and running:\n%s", host, want, about)
+		s.T.Errorf("on %s, wanted persistent %s and running:\n%s", host, want, about)
 	}
 	if err := s.diskOwner(s.guest); err != nil {
-		s.t.Error(err)
+		s.T.Error(err)
 	}
 	// A QEMU before 10 does not say.
 	nodes := s.virsh(host, "qemu-monitor-command", s.guest.Name, `{"execute": "query-named-block-nodes", "arguments": {"flat": true}}`)
 	if strings.Contains(nodes, `"active":false`) {
-		s.t.Errorf("on %s it runs without its disks: %s", host, nodes)
+		s.T.Errorf("on %s it runs without its disks: %s", host, nodes)
 	}
 	s.virsh(host, "suspend", s.guest.Name)
 	if state := s.virsh(host, "domstate", s.guest.Name, "--reason"); state != "paused (user)" {
-		s.t.Errorf("suspended, it is %s", state)
+		s.T.Errorf("suspended, it is %s", state)
 	}
 	s.virsh(host, "resume", s.guest.Name)
 	s.known(s.guest, host)

@@ -12,6 +12,7 @@ import (
 	"github.com/lmctl/lmctl/internal/lab/domain"
 	"github.com/lmctl/lmctl/internal/testenv"
 	"github.com/lmctl/lmctl/migrate"
+	"github.com/lmctl/lmctl/test/labtest"
 )
 
 // olderAndNewer makes a lab of its own: host1 has the machine's own libvirt and
@@ -41,11 +42,11 @@ func atLeast(version string, major int) bool {
 }
 
 func (c *cluster) versions(host string) versions {
-	c.t.Helper()
+	c.T.Helper()
 	said := c.virsh(host, "version", "--daemon")
 	v := versions{field(said, "Running against daemon"), strings.TrimPrefix(field(said, "Running hypervisor"), "QEMU ")}
 	if v.libvirt == "" || v.qemu == "" {
-		c.t.Fatalf("virsh version on %s:\n%s", host, said)
+		c.T.Fatalf("virsh version on %s:\n%s", host, said)
 	}
 	return v
 }
@@ -146,15 +147,15 @@ func (c *cluster) interrupted(t *testing.T) {
 	spec.Host = "host2"
 	g := c.start(spec)
 	defer c.remove(g)
-	stop := c.hold(point{"destination", migrate.DestReady})
-	if _, err := c.begin(g.Name, "host2", "host3", &lmctlv1.MigrationOptions{}); err != nil {
+	stop := c.Hold(labtest.Point{Role: "destination", State: migrate.DestReady})
+	if _, err := c.Begin(g.Name, "host2", "host3", &lmctlv1.MigrationOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	c.reached(stop)
-	if err := c.lab.KillAgent(c.context(), "host3"); err != nil {
+	c.Reached(stop)
+	if err := c.Lab.KillAgent(c.Context(), "host3"); err != nil {
 		t.Fatal(err)
 	}
-	c.release(stop)
+	c.Release(stop)
 	c.startDaemon("host3", lab.Agent)
 	c.known(g, "host2")
 	c.healthy(g, "host2")
@@ -174,13 +175,13 @@ func (c *cluster) arrivalSeen(t *testing.T) {
 		"--bandwidth", "1", g.Name, "qemu+tcp://host3/system")
 	var said strings.Builder
 	virsh.Stdout, virsh.Stderr = &said, &said
-	if err := sub.lab.Start("host2", virsh); err != nil {
+	if err := sub.Lab.Start("host2", virsh); err != nil {
 		t.Fatal(err)
 	}
 	over := make(chan error, 1)
 	go func() { over <- virsh.Wait() }()
-	sub.eventually("the agent sees it come", func() error {
-		info, err := sub.guest("host3", g.Name)
+	sub.Eventually("the agent sees it come", func() error {
+		info, err := sub.Guest("host3", g.Name)
 		if err == nil && (info == nil || info.State != "paused") {
 			err = fmt.Errorf("it is %v", info)
 		}
