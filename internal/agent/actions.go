@@ -90,7 +90,7 @@ func (s *settler) goOn(ctx context.Context, guest string, f ledger.Facts) error 
 // run starts a shell whose handover is certain.
 func (s *settler) run(ctx context.Context, r ledger.Record, f ledger.Facts, g *openGuest) error {
 	if f.Copy == ledger.RunningCopy { // all that is missing is the note
-		return errors.Join(s.a.ledger.Accept(ctx, *r.Handover), s.a.ledger.Own(ctx, *r.Handover))
+		return errors.Join(s.a.ledger.Accept(ctx, *r.Handover), s.a.ledger.Own(ctx, *r.Handover), s.dropShell(g))
 	}
 	in, found, err := s.shell(r, g)
 	if err != nil {

@@ -8,6 +8,19 @@ import (
 	"io"
 )
 
+// DecodeVersion reads what another host has sent like DecodeStrict, in the given
+// version of its format. What is of another version is told as that, and not as
+// what this one does not know in it.
+func DecodeVersion(data []byte, limit, version int, into any) error {
+	var of struct {
+		Version int `json:"version"`
+	}
+	if len(data) <= limit && json.Unmarshal(data, &of) == nil && of.Version != version {
+		return fmt.Errorf("it has version %d, not %d; run the same lmctl on both hosts", of.Version, version)
+	}
+	return DecodeStrict(data, limit, into)
+}
+
 // DecodeStrict reads what another host has sent: one JSON value of at most limit
 // bytes, without unknown fields, and nothing behind it.
 func DecodeStrict(data []byte, limit int, into any) error {

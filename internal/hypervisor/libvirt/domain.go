@@ -48,9 +48,10 @@ type domain struct {
 	listener  *queue.Queue[happening]
 	learners  *nics.Learners
 	brought   map[string]nics.Facts // what the host it came from knew of its cards
-	// owed is of one that was told to run here, and perhaps did, but is not defined
-	// here yet: whatever becomes of it, it is to be. Nil if nothing is owed.
-	owed *shellRecord
+	// arriving is of one that was told to run here, and perhaps did, but is not
+	// defined here yet (see arrival.go); else nil.
+	arriving *shellRecord
+	again    time.Duration // before the next look, while it has no process
 }
 
 // files are a domain's on this host.

@@ -124,7 +124,8 @@ func (d *Driver) buildShell(ctx context.Context, l *link, o *offer, x *libvirtxm
 	g.mu.Lock()
 	g.shell = s
 	g.mu.Unlock()
-	if err := write(g.files.shell(), s.record); err != nil {
+	// Whatever an earlier migration left says nothing of this one.
+	if err := errors.Join(g.files.remove(), write(g.files.shell(), s.record)); err != nil {
 		return nil, err
 	}
 	if s.activates, err = activates(ctx, l); err != nil {

@@ -19,7 +19,7 @@ import (
 )
 
 // offerVersion is that of the format below.
-const offerVersion = 2
+const offerVersion = 3
 
 // maxOffer bounds what is read from another host, in bytes.
 const maxOffer = 4 << 20
@@ -139,21 +139,15 @@ var errWithout = errors.New("the source runs it without libvirt; set hypervisor 
 // parseOffer reads what another host says of a domain. Nothing in it is trusted
 // to be right, nor to name a file that we should read.
 func parseOffer(data []byte) (*offer, *libvirtxml.Domain, error) {
-	var o offer
-	if err := hypervisor.DecodeStrict(data, maxOffer, &o); err != nil {
-		var other struct {
-			Hypervisor string `json:"hypervisor"`
-		}
-		if len(data) <= maxOffer && json.Unmarshal(data, &other) == nil && other.Hypervisor != "libvirt" {
-			err = errWithout
-		}
-		return nil, nil, err
+	var of struct {
+		Hypervisor string `json:"hypervisor"`
 	}
-	if o.Hypervisor != "libvirt" {
+	if len(data) <= maxOffer && json.Unmarshal(data, &of) == nil && of.Hypervisor != "libvirt" {
 		return nil, nil, errWithout
 	}
-	if o.Version != offerVersion {
-		return nil, nil, fmt.Errorf("it has version %d, not %d; run the same lmctl on both hosts", o.Version, offerVersion)
+	var o offer
+	if err := hypervisor.DecodeVersion(data, maxOffer, offerVersion, &o); err != nil {
+		return nil, nil, err
 	}
 	var x libvirtxml.Domain
 	if err := x.Unmarshal(o.XML); err != nil {

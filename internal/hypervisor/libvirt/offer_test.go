@@ -39,6 +39,7 @@ func TestParseOffer(t *testing.T) {
 			m["cards"] = map[string]any{"52:54:00:12:34:56": map[string]any{"addresses": []string{"224.0.0.1"}}}
 		}),
 		"a card":                validOffer(t, func(m map[string]any) { m["cards"] = map[string]any{"52:54:00:00:00:01": map[string]any{}} }),
+		"run the same lmctl":    validOffer(t, func(m map[string]any) { m["version"], m["of later versions"] = offerVersion+1, true }),
 		"domain XML":            validOffer(t, func(m map[string]any) { m["xml"] = "<domain" }),
 		"something follows":     append(validOffer(t, nil), '1'),
 		"more than":             []byte(strings.Repeat(" ", maxOffer+1)),

@@ -135,8 +135,8 @@ func (g *domain) takeUp() error {
 	}
 	var r shellRecord
 	err := read(g.files.shell(), &r)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil // or it runs, and has arrived meanwhile
+	if errors.Is(err, fs.ErrNotExist) { // it has arrived, perhaps just now
+		return errors.Join(removeFile(g.files.resumed()), g.files.tidy())
 	}
 	if err != nil {
 		return err

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"net"
 	"os"
 	"sync"
@@ -65,8 +64,9 @@ func (d *Driver) ShellOf(name string) (_ hypervisor.Shell, ran bool, err error) 
 	g.shell = s
 	g.mu.Unlock()
 	// The mark is there before the domain is told to run, so that one that
-	// cannot be looked for counts.
-	s.ran = there(g.files.resumed()) || g.runs()
+	// cannot be looked for counts. One that runs without it was told to by another
+	// hand, and is no guest of this host's, unless it has arrived.
+	s.ran = there(g.files.resumed()) || g.runs() && !there(g.files.shell())
 	return s, s.ran, nil
 }
 
@@ -201,13 +201,13 @@ func (s *Shell) Resume(ctx context.Context) error {
 	if err := s.run(ctx); err != nil {
 		err = errors.Join(err, s.letGo())
 		if s.ran {
-			err = errors.Join(err, s.g.owe(ctx, s.record))
+			err = errors.Join(err, s.g.expectArrival(ctx, s.record))
 		}
 		return fmt.Errorf("run guest %s: %w", s.g.name, err)
 	}
 	s.ran, s.resumed = true, true
 	s.g.mu.Lock()
-	s.g.owed = &s.record
+	s.g.arriving = &s.record
 	s.g.mu.Unlock()
 	s.g.d.wg.Go(func() {
 		s.g.settleIn(s.record)
@@ -264,126 +264,6 @@ func (s *Shell) run(ctx context.Context) error {
 	return errors.Join(notStarted(err), removeFile(s.g.files.resumed()))
 }
 
-// owe sees to it that a domain stays this host's that was told to run here, and
-// perhaps did, whatever has become of it: one that is gone is defined again, one
-// that runs arrives, and what the others come to will be seen.
-func (g *domain) owe(ctx context.Context, r shellRecord) error {
-	g.mu.Lock()
-	g.owed = &r
-	gone, runs, end := g.gone, g.state == hypervisor.StateRunning, g.end
-	g.mu.Unlock()
-	switch {
-	case gone && r.Persistent != "":
-		l, err := g.d.conn.await(ctx)
-		if err != nil {
-			return err
-		}
-		again, err := g.d.define(ctx, l, r)
-		if err != nil {
-			return err
-		}
-		again.mu.Lock()
-		again.end = end
-		again.mu.Unlock()
-		return again.look(ctx, l)
-	case runs:
-		g.d.wg.Go(g.arrive)
-	}
-	return nil
-}
-
-// define has libvirt define a domain that came here as it was defined at its
-// source.
-func (d *Driver) define(ctx context.Context, l *link, r shellRecord) (*domain, error) {
-	dom, err := call(ctx, l, func(l *link) (lv.Domain, error) { return l.DomainDefineXML(r.Persistent) })
-	if err == nil && r.Autostart {
-		err = do(ctx, l, func(l *link) error { return l.DomainSetAutostart(dom, 1) })
-	}
-	if err != nil {
-		return nil, fmt.Errorf("define guest %s, which came here: %w", r.Name, err)
-	}
-	return d.of(dom), nil
-}
-
-// arrive does what is still to be done about a domain that was told to run here,
-// and does, but whose shell is not there any more: the agent that told it died,
-// or libvirtd did before it could say so.
-func (g *domain) arrive() {
-	var r shellRecord
-	done, err := g.beginWhenFree("incoming migration")
-	if err == nil {
-		defer done()
-		err = read(g.files.shell(), &r)
-	}
-	switch {
-	case errors.Is(err, fs.ErrNotExist): // it has arrived meanwhile
-	case err == nil:
-		g.tell(func() { g.brought, g.owed = r.Cards, &r })
-		g.settleIn(r)
-	case g.d.ctx.Err() == nil:
-		g.d.log.Error("make what came an ordinary domain", "guest", g.name, "error", err)
-	}
-}
-
-// beginWhenFree is begin, once nothing else holds the domain.
-func (g *domain) beginWhenFree(operation string) (done func(), err error) {
-	for {
-		done, err := g.begin(operation)
-		if busy := (*hypervisor.BusyError)(nil); !errors.As(err, &busy) {
-			return done, err
-		}
-		if err := pause(g.d.ctx); err != nil {
-			return nil, err
-		}
-	}
-}
-
-// settleTimeout bounds what is done about a domain that runs here now.
-const settleTimeout = time.Minute
-
-// settleIn makes the shell a domain like any other: it is defined here if it was
-// at the source.
-func (g *domain) settleIn(r shellRecord) {
-	ctx, cancel := context.WithTimeout(g.d.ctx, settleTimeout)
-	defer cancel()
-	err := g.makeOrdinary(ctx, r)
-	for errors.Is(err, errDisconnected) && pause(ctx) == nil {
-		err = g.makeOrdinary(ctx, r) // the next libvirtd knows the domain, and not yet its definition
-	}
-	if err != nil {
-		g.d.log.Error("make the shell an ordinary domain", "guest", g.name, "error", err)
-	}
-}
-
-func (g *domain) makeOrdinary(ctx context.Context, r shellRecord) error {
-	l, err := g.d.conn.await(ctx)
-	if err != nil {
-		return err
-	}
-	if r.Persistent != "" {
-		if _, err := g.d.define(ctx, l, r); err != nil {
-			return err
-		}
-	}
-	g.tell(func() { g.incoming, g.owed = false, nil })
-	if err := g.files.remove(); err != nil {
-		return err
-	}
-	return g.look(ctx, l)
-}
-
-// settleDebt defines a domain here that came here, and could not be defined when it
-// did: without, it would go on as one that never was.
-func (g *domain) settleDebt(ctx context.Context) error {
-	g.mu.Lock()
-	owed := g.owed
-	g.mu.Unlock()
-	if owed == nil {
-		return nil
-	}
-	return g.makeOrdinary(ctx, *owed)
-}
-
 // Announce tells the network where the guest is now.
 func (s *Shell) Announce(ctx context.Context) (int, error) {
 	cards, err := s.g.cardsHere(ctx)
@@ -402,6 +282,19 @@ func (s *Shell) Announce(ctx context.Context) (int, error) {
 
 // errRan says that a shell is none any more.
 var errRan = errors.New("its CPUs were started; it is a guest of this host")
+
+// errAnother says that a shell has ended, and its domain runs all the same.
+var errAnother = errors.New("another hand has brought it here meanwhile")
+
+// lost says whether the shell's QEMU has ended.
+func (s *Shell) lost() bool {
+	select {
+	case <-s.Lost():
+		return true
+	default:
+		return false
+	}
+}
 
 // destroyTimeout bounds the end of a shell.
 const destroyTimeout = time.Minute
@@ -447,6 +340,9 @@ func (s *Shell) destroy(ctx context.Context) error {
 		}
 		if err != nil {
 			return err
+		}
+		if state == hypervisor.StateRunning && s.lost() {
+			return errAnother
 		}
 		if state == hypervisor.StateRunning {
 			// We never told it to: the guest is the copy at the source.

@@ -141,6 +141,9 @@ func (g *domain) stopped(detail lv.DomainEventStoppedDetailType) {
 		end.Cause = hypervisor.EndCrashed
 	case lv.DomainEventStoppedMigrated:
 		end.Cause = hypervisor.EndMigrated
+		g.mu.Lock()
+		g.arriving = nil // another host has it now
+		g.mu.Unlock()
 	case lv.DomainEventStoppedSaved:
 		end.Cause = hypervisor.EndSaved
 	default: // QEMU has ended by itself, or was ended by somebody else
@@ -186,16 +189,15 @@ func (g *domain) look(ctx context.Context, l *link) error {
 		return err
 	}
 	g.mu.Lock()
-	owed := g.owed
-	g.owed = nil
+	r, expected := g.arriving, g.shell != nil && g.state == hypervisor.StateUnreachable
 	g.mu.Unlock()
-	if owed == nil || owed.Persistent == "" {
-		return g.vanished()
+	switch {
+	case expected:
+		return nil // libvirt is yet to make it; this was of an earlier one
+	case r != nil && r.Persistent != "":
+		return g.lostOnArrival(ctx, l, *r)
 	}
-	if _, err := g.d.define(ctx, l, *owed); err != nil {
-		return errors.Join(err, g.vanished())
-	}
-	return g.ask(ctx, l)
+	return g.vanished()
 }
 
 func (g *domain) ask(ctx context.Context, l *link) error {
@@ -271,25 +273,41 @@ func (g *domain) seen(f facts, state hypervisor.State, word string) error {
 		proc = nil
 	}
 	obstacles := append(deviceReasons(f.xml), proc.obstacles()...)
-	keep, arrived := learners, false
+	keep := learners
+	var arriving *shellRecord
+	if state == hypervisor.StateRunning {
+		var err error
+		if arriving, err = g.arrivingNow(); err != nil {
+			errs = append(errs, err)
+		}
+	}
 	switch {
 	case state == hypervisor.StateRunning && learners == nil:
 		keep = nics.Learn(g.d.ctx, g.d.log, g.name, f.cards)
 	case !active:
 		keep = nil
 	}
+	var arrived, over bool
 	g.tell(func() {
 		g.facts, g.state, g.runstate, g.proc, g.learners = f, state, word, proc, keep
 		g.obstacles = obstacles
+		g.lost = false
 		if active {
 			g.end = nil
 		}
-		if state == hypervisor.StateRunning {
-			arrived = g.incoming && g.shell == nil
+		if proc != nil {
+			g.again = 0
+		}
+		// One that runs and was not told to by us is a shell all the same, which
+		// another hand has resumed.
+		if arriving != nil && g.incoming && g.shell == nil {
+			g.arriving, g.brought, arrived = arriving, arriving.Cards, true
+		}
+		if arriving != nil {
 			g.incoming = false
 		}
-		if !active {
-			g.incoming, g.suspended = false, false
+		if over = !active && g.shell == nil; over { // and defined
+			g.incoming, g.suspended, g.arriving = false, false, nil
 		}
 	})
 	if old != nil && old != proc {
@@ -304,7 +322,7 @@ func (g *domain) seen(f facts, state hypervisor.State, word string) error {
 	if active && proc == nil {
 		g.lookAgain()
 	}
-	if !active {
+	if over {
 		// After the flag, so that one that is suspended just now is either seen
 		// to be or cleared up after by Resume.
 		errs = append(errs, g.files.remove())
@@ -312,8 +330,12 @@ func (g *domain) seen(f facts, state hypervisor.State, word string) error {
 	return errors.Join(errs...)
 }
 
-// lookAgainAfter is the pause between two looks at a domain without a process.
-const lookAgainAfter = 500 * time.Millisecond
+// The pauses between two looks at a domain without a process: it is about to be
+// forgotten, or its PID cannot be found out.
+const (
+	againFirst = 500 * time.Millisecond
+	againLast  = 30 * time.Second
+)
 
 // lookAgain looks at a domain until libvirt and its process agree. A libvirtd that
 // starts, and finds that a domain's QEMU has ended meanwhile, forgets a transient
@@ -325,8 +347,10 @@ func (g *domain) lookAgain() {
 		return
 	}
 	g.awaited = true
+	wait := max(g.again, againFirst)
+	g.again = min(2*wait, againLast)
 	g.d.wg.Go(func() {
-		timer := time.NewTimer(lookAgainAfter)
+		timer := time.NewTimer(wait)
 		defer timer.Stop()
 		select {
 		case <-timer.C:
@@ -339,7 +363,9 @@ func (g *domain) lookAgain() {
 		gone := g.gone
 		g.mu.Unlock()
 		if err == nil && !gone {
-			err = g.look(g.d.ctx, l)
+			ctx, cancel := context.WithTimeout(g.d.ctx, lookTimeout)
+			defer cancel()
+			err = g.look(ctx, l)
 		}
 		if err != nil && g.d.ctx.Err() == nil {
 			g.d.log.Debug("look at a domain without a process", "guest", g.name, "error", err)
@@ -351,6 +377,7 @@ func (g *domain) lookAgain() {
 func (g *domain) vanished() error {
 	g.mu.Lock()
 	gone := g.gone
+	g.gone = true
 	g.mu.Unlock()
 	if gone {
 		return nil // the files may be those of another of the same UUID by now

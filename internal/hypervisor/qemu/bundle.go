@@ -14,7 +14,7 @@ import (
 )
 
 // bundleVersion is that of the format below.
-const bundleVersion = 1
+const bundleVersion = 2
 
 // maxBundle bounds what is read from another host, in bytes.
 const maxBundle = 1 << 20
@@ -79,11 +79,8 @@ var versionText = regexp.MustCompile(`^[0-9]{1,3}\.[0-9]{1,3}\.[0-9]{1,3}$`)
 // trusted to be right, nor to be a file that we should read.
 func parseBundle(data []byte) (*bundle, *Definition, error) {
 	var b bundle
-	if err := hypervisor.DecodeStrict(data, maxBundle, &b); err != nil {
+	if err := hypervisor.DecodeVersion(data, maxBundle, bundleVersion, &b); err != nil {
 		return nil, nil, err
-	}
-	if b.Version != bundleVersion {
-		return nil, nil, fmt.Errorf("it has version %d, not %d; run the same lmctl on both hosts", b.Version, bundleVersion)
 	}
 	def, err := ParseDefinition([]byte(b.Definition))
 	if err != nil {

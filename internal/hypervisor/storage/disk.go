@@ -54,12 +54,10 @@ func look(img image) (Seen, []image) {
 }
 
 func open(img image) (_ Facts, below []image, err error) {
-	// O_NONBLOCK: a FIFO must not hold us up.
-	fd, err := unix.Open(img.path, unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+	f, err := openDisk(img.path)
 	if err != nil {
-		return Facts{}, nil, &os.PathError{Op: "open", Path: img.path, Err: err}
+		return Facts{}, nil, err
 	}
-	f := os.NewFile(uintptr(fd), img.path)
 	defer func() { err = errors.Join(err, f.Close()) }()
 	facts, err := diskFacts(f)
 	if err != nil {
@@ -70,23 +68,37 @@ func open(img image) (_ Facts, below []image, err error) {
 	return facts, below, err
 }
 
+// openDisk opens a file or a block device, and nothing else: an image can name any
+// path, and to open some devices is to use them.
+func openDisk(path string) (*os.File, error) {
+	fd, err := unix.Open(path, unix.O_PATH|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, &os.PathError{Op: "open", Path: path, Err: err}
+	}
+	defer unix.Close(fd)
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return nil, &os.PathError{Op: "stat", Path: path, Err: err}
+	}
+	if kind := st.Mode & unix.S_IFMT; kind != unix.S_IFREG && kind != unix.S_IFBLK {
+		return nil, fmt.Errorf("%s is neither a file nor a block device", path)
+	}
+	opened, err := unix.Open(fmt.Sprintf("/proc/self/fd/%d", fd), unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, &os.PathError{Op: "open", Path: path, Err: err}
+	}
+	return os.NewFile(uintptr(opened), path), nil
+}
+
 func diskFacts(f *os.File) (facts Facts, err error) {
 	var st unix.Stat_t
 	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
 		return Facts{}, &os.PathError{Op: "stat", Path: f.Name(), Err: err}
 	}
-	facts = Facts{Shared: true, Size: st.Size}
-	switch st.Mode & unix.S_IFMT {
-	case unix.S_IFREG:
-		facts.Inode = st.Ino
-	case unix.S_IFBLK:
-		facts.Block = true
-		if facts.Size, err = f.Seek(0, io.SeekEnd); err != nil {
-			return Facts{}, err
-		}
-		facts.Identity = blockIdentity(unix.Major(st.Rdev), unix.Minor(st.Rdev))
-	default:
-		return Facts{}, fmt.Errorf("%s is neither a file nor a block device", f.Name())
+	if st.Mode&unix.S_IFMT == unix.S_IFREG {
+		return Facts{Shared: true, Size: st.Size, Inode: st.Ino}, nil
 	}
-	return facts, nil
+	facts = Facts{Shared: true, Block: true, Identity: blockIdentity(unix.Major(st.Rdev), unix.Minor(st.Rdev))}
+	facts.Size, err = f.Seek(0, io.SeekEnd)
+	return facts, err
 }

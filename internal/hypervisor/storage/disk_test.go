@@ -3,6 +3,8 @@ package storage
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -73,6 +75,10 @@ func TestDiskStandsOn(t *testing.T) {
 	makeImage(t, dir, "-o", "data_file=data,data_file_raw=on", "apart", "1M")
 	makeImage(t, dir, "-u", "-b", "nbd://host/secret", "-F", "raw", "remote", "1M")
 	makeImage(t, dir, "alone", "1M")
+	if err := errors.Join(os.Mkdir(filepath.Join(dir, "far"), 0o700), os.Symlink(filepath.Join(dir, "far"), filepath.Join(dir, "link"))); err != nil {
+		t.Fatal(err)
+	}
+	makeImage(t, dir, "-b", "../base/raw", "-F", "raw", "link/up")
 	for _, test := range []struct {
 		top, format string
 		want        []string
@@ -82,6 +88,7 @@ func TestDiskStandsOn(t *testing.T) {
 		{"top", "qcow2", []string{"top", "base/middle", "base/raw"}},
 		{"probed", "qcow2", []string{"probed", "base/middle", "base/raw"}},
 		{"old", "qcow2", []string{"old", "top", "base/middle", "base/raw"}},
+		{"link/up", "qcow2", []string{"link/up", "link/../base/raw"}},
 		{"apart", "qcow2", []string{"apart", "data"}},
 		{"remote", "qcow2", []string{"remote", "nbd:…"}},
 		// What looks like an image in a raw disk is the guest's own.
@@ -91,6 +98,32 @@ func TestDiskStandsOn(t *testing.T) {
 		if got := paths(t, dir, Disk(filepath.Join(dir, test.top), test.format)); !slices.Equal(got, test.want) {
 			t.Errorf("%s as %q stands on %q, want %q", test.top, test.format, got, test.want)
 		}
+	}
+}
+
+// A header that would have no end is refused, whatever it says of itself.
+func TestStandsOnTooMuch(t *testing.T) {
+	for what, change := range map[string]func(*qcow2Header){
+		"a long header":     func(h *qcow2Header) { h.Length = 112 },
+		"a short header":    func(h *qcow2Header) { h.Length = 8 },
+		"large clusters":    func(h *qcow2Header) { h.ClusterBits = 40 },
+		"a name far behind": func(h *qcow2Header) { h.BackingOffset = 1 << 40 },
+		"a long name":       func(h *qcow2Header) { h.BackingSize = 1 << 20 },
+	} {
+		h := qcow2Header{Magic: qcow2Magic, Version: 3, BackingOffset: 104, BackingSize: 4, ClusterBits: 16, Length: 104}
+		change(&h)
+		var b bytes.Buffer
+		if err := binary.Write(&b, binary.BigEndian, h); err != nil {
+			t.Fatal(err)
+		}
+		b.Write(make([]byte, 1<<17))
+		if below, err := standsOn(bytes.NewReader(b.Bytes()), image{"/images/top", "qcow2"}); err == nil || !strings.Contains(err.Error(), "qcow2 header") {
+			t.Errorf("%s: %q, %v", what, below, err)
+		}
+	}
+	huge := binary.BigEndian.AppendUint32(binary.BigEndian.AppendUint32(nil, extensionFormat), 1<<30)
+	if found, err := readExtensions(io.NewSectionReader(bytes.NewReader(append(huge, make([]byte, 64)...)), 0, 72)); err == nil {
+		t.Errorf("an extension larger than its image: %v", found)
 	}
 }
 
@@ -153,6 +186,12 @@ func FuzzStandsOn(f *testing.F) {
 		}
 	}
 	f.Add(b.Bytes())
+	// The header is longer than where it says that the name is, and what follows
+	// would have no end.
+	long := bytes.Clone(b.Bytes())
+	binary.BigEndian.PutUint64(long[8:], 104)
+	binary.BigEndian.PutUint32(long[100:], 112)
+	f.Add(long)
 	f.Fuzz(func(t *testing.T, header []byte) {
 		below, err := standsOn(bytes.NewReader(header), image{"/images/top", "qcow2"})
 		if err != nil && len(below) > 0 || len(below) > 2 {

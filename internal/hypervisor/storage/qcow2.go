@@ -1,12 +1,10 @@
 package storage
 
 import (
-	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
-	"path/filepath"
 	"regexp"
 	"strings"
 )
@@ -80,6 +78,9 @@ func (h *qcow2Header) images(f io.ReaderAt, path string) (below []image, err err
 	if h.BackingOffset != 0 {
 		end = h.BackingOffset // the extensions come before the name
 	}
+	if h.Length < qcow2Header2 || uint64(h.Length) > end {
+		return nil, fmt.Errorf("%d bytes, and what follows them ends at %d", h.Length, end)
+	}
 	extensions, err := readExtensions(io.NewSectionReader(f, int64(h.Length), int64(end)-int64(h.Length)))
 	if err != nil {
 		return nil, err
@@ -101,10 +102,11 @@ func (h *qcow2Header) images(f io.ReaderAt, path string) (below []image, err err
 	return append(below, image{resolve(path, string(name)), extensions[extensionFormat]}), nil
 }
 
-// readExtensions reads the header's extensions, by type.
-func readExtensions(r io.Reader) (map[uint32]string, error) {
+// readExtensions reads the header's extensions, by type. They cannot be larger
+// than the section that they are in.
+func readExtensions(r *io.SectionReader) (map[uint32]string, error) {
 	found := make(map[uint32]string)
-	for {
+	for left := r.Size(); ; {
 		var e struct{ Type, Length uint32 }
 		err := binary.Read(r, binary.BigEndian, &e)
 		if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || err == nil && e.Type == extensionEnd {
@@ -114,11 +116,14 @@ func readExtensions(r io.Reader) (map[uint32]string, error) {
 			return nil, fmt.Errorf("extensions: %w", err)
 		}
 		padded := (int64(e.Length) + 7) &^ 7
-		var content bytes.Buffer
-		if n, err := io.CopyN(&content, r, padded); err != nil {
-			return nil, fmt.Errorf("extension %#x of %d bytes: %d are there: %w", e.Type, e.Length, n, err)
+		if left -= 8 + padded; left < 0 {
+			return nil, fmt.Errorf("extension %#x of %d bytes does not fit in", e.Type, e.Length)
 		}
-		found[e.Type] = string(content.Bytes()[:e.Length])
+		content := make([]byte, padded)
+		if _, err := io.ReadFull(r, content); err != nil {
+			return nil, fmt.Errorf("extension %#x: %w", e.Type, err)
+		}
+		found[e.Type] = string(content[:e.Length])
 	}
 }
 
@@ -138,8 +143,9 @@ func resolve(path, name string) string {
 	if scheme := protocol.FindString(name); scheme != "" {
 		return scheme + "…"
 	}
-	if filepath.IsAbs(name) {
+	if strings.HasPrefix(name, "/") {
 		return name
 	}
-	return filepath.Join(filepath.Dir(path), name)
+	// As QEMU does: a cleaned path would be another where a folder is a link.
+	return path[:strings.LastIndexByte(path, '/')+1] + name
 }

@@ -1,0 +1,189 @@
+package libvirt
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"time"
+
+	lv "github.com/digitalocean/go-libvirt"
+	"github.com/google/uuid"
+
+	"github.com/lmctl/lmctl/internal/hypervisor"
+)
+
+// A domain arrives when it has been told to run here: from then on it is this
+// host's guest, whatever becomes of it, and no other host's. What is left to do is
+// to have libvirt define it. Until that is done, the domain has an arriving record;
+// one that ends before is defined all the same, as one that has ended.
+
+// settleTimeout bounds what is done about a domain that runs here now.
+const settleTimeout = time.Minute
+
+// settleIn makes what was a shell a domain like any other: it is defined here if
+// it was at the source.
+func (g *domain) settleIn(r shellRecord) {
+	ctx, cancel := context.WithTimeout(g.d.ctx, settleTimeout)
+	defer cancel()
+	err := g.makeOrdinary(ctx, r)
+	for errors.Is(err, errDisconnected) && pause(ctx) == nil {
+		err = g.makeOrdinary(ctx, r) // the next libvirtd knows the domain, and not yet its definition
+	}
+	if err != nil {
+		g.d.log.Error("make the shell an ordinary domain", "guest", g.name, "error", err)
+	}
+}
+
+func (g *domain) makeOrdinary(ctx context.Context, r shellRecord) error {
+	l, err := g.d.conn.await(ctx)
+	if err != nil {
+		return err
+	}
+	if r.Persistent != "" {
+		if _, err := g.d.define(ctx, l, r); err != nil {
+			return err
+		}
+	}
+	g.tell(func() { g.incoming, g.arriving = false, nil })
+	if err := g.files.remove(); err != nil {
+		return err
+	}
+	return g.look(ctx, l)
+}
+
+// define has libvirt define a domain that came here as it was defined at its
+// source, unless it is defined already: then an operator did so, who knows better.
+func (d *Driver) define(ctx context.Context, l *link, r shellRecord) (*domain, error) {
+	dom, err := call(ctx, l, func(l *link) (lv.Domain, error) { return l.DomainLookupByName(r.Name) })
+	if err == nil && uuid.UUID(dom.UUID).String() == r.UUID {
+		is, err := call(ctx, l, func(l *link) (int32, error) { return l.DomainIsPersistent(dom) })
+		if err == nil && is != 0 {
+			return d.of(dom), nil
+		}
+	}
+	dom, err = call(ctx, l, func(l *link) (lv.Domain, error) { return l.DomainDefineXML(r.Persistent) })
+	if err != nil {
+		return nil, fmt.Errorf("define guest %s, which came here: %w", r.Name, err)
+	}
+	if r.Autostart {
+		if err := do(ctx, l, func(l *link) error { return l.DomainSetAutostart(dom, 1) }); err != nil {
+			d.log.Error("have a guest that came here start with the host", "guest", r.Name, "error", err)
+		}
+	}
+	return d.of(dom), nil
+}
+
+// expectArrival is for a domain that was told to run, and of which it is not known
+// whether it does: one that is gone is defined, one that runs arrives, and what
+// becomes of the others will be seen.
+func (g *domain) expectArrival(ctx context.Context, r shellRecord) error {
+	// Whoever looks at the domain sees the record, or is done with it.
+	g.looking.Lock()
+	g.mu.Lock()
+	g.arriving = &r
+	gone, runs, end := g.gone, g.state == hypervisor.StateRunning, g.end
+	g.mu.Unlock()
+	g.looking.Unlock()
+	switch {
+	case gone && r.Persistent != "":
+		l, err := g.d.conn.await(ctx)
+		if err != nil {
+			return err
+		}
+		again, err := g.d.define(ctx, l, r)
+		if err != nil {
+			return err
+		}
+		again.mu.Lock()
+		again.end = end
+		again.mu.Unlock()
+		return again.look(ctx, l)
+	case runs:
+		g.d.wg.Go(g.arrive)
+	}
+	return nil
+}
+
+// arrive does what is still to be done about a domain that was told to run here,
+// and does, but whose shell is not there any more: the agent that told it died,
+// or libvirtd did before it could say so.
+func (g *domain) arrive() {
+	done, err := g.beginWhenFree("incoming migration")
+	if err != nil {
+		return // the driver is being closed
+	}
+	defer done()
+	g.mu.Lock()
+	r := g.arriving
+	g.mu.Unlock()
+	if r != nil { // else it has arrived meanwhile
+		g.settleIn(*r)
+	}
+}
+
+// beginWhenFree is begin, once nothing else holds the domain.
+func (g *domain) beginWhenFree(operation string) (done func(), err error) {
+	for {
+		done, err := g.begin(operation)
+		if busy := (*hypervisor.BusyError)(nil); !errors.As(err, &busy) {
+			return done, err
+		}
+		if err := pause(g.d.ctx); err != nil {
+			return nil, err
+		}
+	}
+}
+
+// arrivingNow reads what an earlier agent, or a shell that is not there any more,
+// has left of a domain that runs: nil if it was not told to by us.
+func (g *domain) arrivingNow() (*shellRecord, error) {
+	if !there(g.files.resumed()) {
+		return nil, nil
+	}
+	var r shellRecord
+	switch err := read(g.files.shell(), &r); {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil, nil
+	case err != nil:
+		return nil, fmt.Errorf("what is to be known of a guest that came here: %w", err)
+	}
+	return &r, nil
+}
+
+// settleDebt defines a domain that came here, and could not be defined when it
+// did: without, it would go on to the next host as one that never was.
+func (g *domain) settleDebt(ctx context.Context) error {
+	g.mu.Lock()
+	r := g.arriving
+	g.mu.Unlock()
+	if r == nil {
+		return nil
+	}
+	return g.makeOrdinary(ctx, *r)
+}
+
+// lostOnArrival deals with a domain that libvirt knows no more, and that was
+// arriving: it is defined, and stays among the others until that has been done.
+// The looking is held.
+func (g *domain) lostOnArrival(ctx context.Context, l *link, r shellRecord) error {
+	if _, err := g.d.define(ctx, l, r); err != nil {
+		old := g.takeProcess()
+		g.tell(func() { g.state, g.runstate, g.incoming = hypervisor.StateStopped, "", false })
+		g.lookAgain()
+		return errors.Join(err, old.close())
+	}
+	g.mu.Lock()
+	g.arriving = nil
+	g.mu.Unlock()
+	return g.ask(ctx, l)
+}
+
+// takeProcess takes the process from a domain that has none any more.
+func (g *domain) takeProcess() *process {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	p := g.proc
+	g.proc = nil
+	return p
+}
