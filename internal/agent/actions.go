@@ -29,7 +29,11 @@ func (s *settler) carryOut(ctx context.Context, action ledger.Action, r ledger.R
 	case ledger.OwnCrashed:
 		return s.ownCrashed(ctx, r, g)
 	case ledger.Withdraw:
-		return errors.Join(s.endShell(ctx, r.Guest, g), s.a.ledger.Withdraw(ctx, *r.Handover))
+		end := s.endShell
+		if f.Copy == ledger.RunningCopy { // that is no shell, or not any more
+			end = func(context.Context, string, *openGuest) error { return s.dropShell(g) }
+		}
+		return errors.Join(end(ctx, r.Guest, g), s.a.ledger.Withdraw(ctx, *r.Handover))
 	case ledger.Drop:
 		return s.drop(ctx, r, f, g)
 	case ledger.Release:
@@ -195,6 +199,7 @@ func (s *settler) endShell(ctx context.Context, guest string, g *openGuest) erro
 func (s *settler) drop(ctx context.Context, r ledger.Record, f ledger.Facts, g *openGuest) error {
 	switch {
 	case f.Copy == ledger.NoCopy:
+	case f.Copy == ledger.RunningCopy && f.Foreign: // by another hand
 	case f.Shell:
 		if err := s.endShell(ctx, r.Guest, g); err != nil {
 			return err
@@ -205,7 +210,10 @@ func (s *settler) drop(ctx context.Context, r ledger.Record, f ledger.Facts, g *
 		}
 	}
 	if r.State == ledger.Prepared || r.State == ledger.Withdrawn {
-		return s.a.ledger.Drop(ctx, *r.Handover)
+		if err := s.a.ledger.Drop(ctx, *r.Handover); err != nil {
+			return err
+		}
+		s.a.know(ctx, r.Guest)
 	}
 	return nil
 }

@@ -245,7 +245,7 @@ func (s *settler) facts(name string) ledger.Facts {
 	// Whether a migration is under way is looked at last: one that ends in
 	// between has then left its record behind.
 	c, shell := s.a.copyOf(name)
-	return ledger.Facts{Host: s.a.cfg.Name, Boot: s.a.ledger.Boot(), Copy: c, Shell: shell,
+	return ledger.Facts{Host: s.a.cfg.Name, Boot: s.a.ledger.Boot(), Copy: c, Shell: shell, Foreign: s.a.foreign(),
 		Busy: s.a.moves.busy(name) || s.a.inbound.busy(name)}
 }
 

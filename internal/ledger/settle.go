@@ -26,6 +26,9 @@ type Facts struct {
 	Copy Copy
 	// Shell says that the copy was made to receive a guest and has never run.
 	Shell bool
+	// Foreign says that the hypervisor has other users than this agent: a copy that
+	// runs, and was never this host's to run, is one that another hand has brought.
+	Foreign bool
 	// Busy says that this agent is running a migration of the guest right now,
 	// in either direction, whose engine has the say.
 	Busy bool
@@ -66,7 +69,7 @@ const (
 	Run        Action = "run"         // the word is certain: accept, run, own, announce
 	OwnCrashed Action = "own-crashed" // ours, but its process ended: own it, record the crash
 	Withdraw   Action = "withdraw"    // note durably that it never ran here, destroy the shell
-	Drop       Action = "drop"        // destroy what is left of the shell, drop the note
+	Drop       Action = "drop"        // destroy what is left of the shell, if it is one, drop the note
 	Release    Action = "release"     // the destination has it: remove the copy, forget it
 	Reclaim    Action = "reclaim"     // the destination never ran it: take it back, run it on
 	Suspend    Action = "suspend"     // outranked while running here: note so, stop the vCPUs
@@ -229,7 +232,7 @@ func decidePrepared(own Record, f Facts, peer *Statement) Decision {
 
 func decideWithdrawn(own Record, f Facts, peer *Statement) Decision {
 	h := own.Handover
-	if f.Copy == RunningCopy {
+	if f.Copy == RunningCopy && !f.Foreign {
 		return decide(Doubt, "it was withdrawn here and yet runs; make sure that it does not run on host %s, then `lmctl guest claim %s --force` here", h.Source, own.Guest)
 	}
 	if f.Copy == PausedCopy {

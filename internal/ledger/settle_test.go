@@ -196,3 +196,38 @@ func TestClaimsMeet(t *testing.T) {
 		}
 	}
 }
+
+// What another hand has brought to a host whose hypervisor others use too is no
+// copy of what was withdrawn here. Where nobody else may, it is in doubt.
+func TestDecideForeign(t *testing.T) {
+	h := modelHandover
+	record := func(s State) Record {
+		return Record{State: s, Guest: "g", UUID: "u", Epoch: 5, Handover: &h, Boot: "now"}
+	}
+	says := func(s State, h *migrate.Handover) *Statement {
+		return &Statement{Host: "src", Guest: "g", UUID: "u", State: s, Epoch: 5, Handover: h}
+	}
+	for _, test := range []struct {
+		own     State
+		peer    *Statement
+		foreign bool
+		want    Action
+	}{
+		{Prepared, says(Gone, nil), true, Withdraw},
+		{Prepared, says(Owned, nil), true, Withdraw},
+		{Prepared, says(Moving, &h), true, Wait},
+		{Prepared, nil, true, Ask},
+		{Withdrawn, says(Gone, nil), true, Drop},
+		{Withdrawn, says(Owned, nil), true, Drop},
+		{Withdrawn, says(HandedOver, &h), true, Wait},
+		{Withdrawn, says(Moving, &h), true, Wait},
+		{Withdrawn, nil, true, Ask},
+		{Withdrawn, says(Gone, nil), false, Doubt},
+		{Withdrawn, nil, false, Doubt},
+	} {
+		f := Facts{Host: "dst", Boot: "now", Copy: RunningCopy, Foreign: test.foreign}
+		if d := Decide(record(test.own), f, test.peer); d.Action != test.want {
+			t.Errorf("%s here, foreign %v, %+v there: %s (%s), want %s", test.own, test.foreign, test.peer, d.Action, d.Reason, test.want)
+		}
+	}
+}

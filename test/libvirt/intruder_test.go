@@ -4,6 +4,7 @@ import (
 	"testing"
 
 	"github.com/lmctl/lmctl/internal/api/lmctlv1"
+	"github.com/lmctl/lmctl/internal/lab"
 	"github.com/lmctl/lmctl/internal/lab/domain"
 	"github.com/lmctl/lmctl/migrate"
 	"github.com/lmctl/lmctl/test/labtest"
@@ -33,4 +34,35 @@ func TestResumedTooEarly(t *testing.T) {
 	c.known(g, "host1")
 	c.healthy(g, "host1")
 	c.nothingLeft(g, "host1")
+}
+
+// A guest that another hand brings is not taken for the shell of a migration that
+// an agent was receiving when it died.
+func TestBroughtInstead(t *testing.T) {
+	c := newCluster(t).showing(t)
+	g := c.start(flatSpec("instead", domain.Shape{}))
+	defer c.remove(g)
+	stop := c.Hold(labtest.Point{Role: "destination", State: migrate.DestReceiving})
+	defer c.Release(stop)
+	id, err := c.Begin(g.Name, "host1", "host2", &lmctlv1.MigrationOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.Reached(stop)
+	if err := c.Lab.KillAgent(c.Context(), "host2"); err != nil {
+		t.Fatal(err)
+	}
+	c.Release(stop)
+	if r, err := c.Wait("host1", id); err != nil || r.Result == migrate.Completed || r.Error == "" {
+		t.Fatalf("without the destination's agent: %+v, %v", r, err)
+	}
+	c.Eventually("virsh takes it to host2, once libvirt has ended the shell there", func() error {
+		_, err := c.Lab.Output(c.Context(), "host1", "virsh", "migrate", "--live", "--unsafe", "--persistent", "--undefinesource",
+			g.Name, "qemu+tcp://host2/system")
+		return err
+	})
+	c.startDaemon("host2", lab.Agent)
+	c.known(g, "host2")
+	c.healthy(g, "host2")
+	c.nothingLeft(g, "host2")
 }

@@ -55,54 +55,50 @@ func (g *domain) makeOrdinary(ctx context.Context, r shellRecord) error {
 // define has libvirt define a domain that came here as it was defined at its
 // source, unless it is defined already: then an operator did so, who knows better.
 func (d *Driver) define(ctx context.Context, l *link, r shellRecord) (*domain, error) {
-	dom, err := call(ctx, l, func(l *link) (lv.Domain, error) { return l.DomainLookupByName(r.Name) })
-	if err == nil && uuid.UUID(dom.UUID).String() == r.UUID {
-		is, err := call(ctx, l, func(l *link) (int32, error) { return l.DomainIsPersistent(dom) })
-		if err == nil && is != 0 {
-			return d.of(dom), nil
+	dom, known, err := defined(ctx, l, r)
+	if err == nil && !known {
+		dom, err = call(ctx, l, func(l *link) (lv.Domain, error) { return l.DomainDefineXML(r.Persistent) })
+	}
+	if err == nil && r.Autostart {
+		err = do(ctx, l, func(l *link) error { return l.DomainSetAutostart(dom, 1) })
+		if err != nil && !errors.Is(err, errDisconnected) && ctx.Err() == nil {
+			d.log.Error("have a guest that came here start with the host", "guest", r.Name, "error", err)
+			err = nil // it is defined
 		}
 	}
-	dom, err = call(ctx, l, func(l *link) (lv.Domain, error) { return l.DomainDefineXML(r.Persistent) })
 	if err != nil {
 		return nil, fmt.Errorf("define guest %s, which came here: %w", r.Name, err)
-	}
-	if r.Autostart {
-		if err := do(ctx, l, func(l *link) error { return l.DomainSetAutostart(dom, 1) }); err != nil {
-			d.log.Error("have a guest that came here start with the host", "guest", r.Name, "error", err)
-		}
 	}
 	return d.of(dom), nil
 }
 
+// defined says whether libvirt has a definition of a domain that came here.
+func defined(ctx context.Context, l *link, r shellRecord) (dom lv.Domain, is bool, err error) {
+	dom, err = call(ctx, l, func(l *link) (lv.Domain, error) { return l.DomainLookupByName(r.Name) })
+	if isCode(err, lv.ErrNoDomain) {
+		return dom, false, nil
+	}
+	if err != nil || uuid.UUID(dom.UUID).String() != r.UUID {
+		return dom, false, err
+	}
+	persistent, err := call(ctx, l, func(l *link) (int32, error) { return l.DomainIsPersistent(dom) })
+	if isCode(err, lv.ErrNoDomain) {
+		return dom, false, nil
+	}
+	return dom, persistent != 0, err
+}
+
 // expectArrival is for a domain that was told to run, and of which it is not known
-// whether it does: one that is gone is defined, one that runs arrives, and what
-// becomes of the others will be seen.
-func (g *domain) expectArrival(ctx context.Context, r shellRecord) error {
-	// Whoever looks at the domain sees the record, or is done with it.
-	g.looking.Lock()
+// whether it does: it arrives when it is seen to run, or to have ended. A shell
+// still holds it, so that it has not been forgotten.
+func (g *domain) expectArrival(r shellRecord) {
 	g.mu.Lock()
 	g.arriving = &r
-	gone, runs, end := g.gone, g.state == hypervisor.StateRunning, g.end
+	runs := g.state == hypervisor.StateRunning
 	g.mu.Unlock()
-	g.looking.Unlock()
-	switch {
-	case gone && r.Persistent != "":
-		l, err := g.d.conn.await(ctx)
-		if err != nil {
-			return err
-		}
-		again, err := g.d.define(ctx, l, r)
-		if err != nil {
-			return err
-		}
-		again.mu.Lock()
-		again.end = end
-		again.mu.Unlock()
-		return again.look(ctx, l)
-	case runs:
+	if runs {
 		g.d.wg.Go(g.arrive)
 	}
-	return nil
 }
 
 // arrive does what is still to be done about a domain that was told to run here,
@@ -135,20 +131,30 @@ func (g *domain) beginWhenFree(operation string) (done func(), err error) {
 	}
 }
 
-// arrivingNow reads what an earlier agent, or a shell that is not there any more,
-// has left of a domain that runs: nil if it was not told to by us.
-func (g *domain) arrivingNow() (*shellRecord, error) {
-	if !there(g.files.resumed()) {
-		return nil, nil
-	}
+// coming reads what there is to know of a domain on its way here, or just here,
+// of which no shell of this agent knows: nil if there is nothing.
+func (g *domain) coming() (*shellRecord, error) {
 	var r shellRecord
 	switch err := read(g.files.shell(), &r); {
 	case errors.Is(err, fs.ErrNotExist):
 		return nil, nil
 	case err != nil:
-		return nil, fmt.Errorf("what is to be known of a guest that came here: %w", err)
+		return nil, fmt.Errorf("what is to be known of a guest that comes here: %w", err)
 	}
 	return &r, nil
+}
+
+// isOf says whether a process, or none that is known, may be that of the shell of
+// the record. An agent that died before it noted the process left a shell that
+// libvirt ends, and that does not run.
+func (r *shellRecord) isOf(p *process, state hypervisor.State) bool {
+	switch {
+	case p == nil:
+		return true
+	case r.PID == 0:
+		return state != hypervisor.StateRunning
+	}
+	return p.pid == r.PID && p.start == r.Start
 }
 
 // settleDebt defines a domain that came here, and could not be defined when it

@@ -167,6 +167,10 @@ func (s *Shell) find(ctx context.Context, in migrate.Offer) error {
 	if s.proc == nil {
 		return errNoProcess
 	}
+	s.record.PID, s.record.Start = s.proc.pid, s.proc.start
+	if err := write(s.g.files.shell(), s.record); err != nil {
+		return err
+	}
 	if in.Mode == migrate.Relay {
 		return nil
 	}

@@ -35,6 +35,10 @@ type shellRecord struct {
 	Persistent string                `json:"persistent,omitempty"`
 	Autostart  bool                  `json:"autostart,omitempty"`
 	Cards      map[string]nics.Facts `json:"cards,omitempty"`
+	// PID and Start are of the shell's QEMU, 0 as long as that is being made:
+	// another one of the same domain is another hand's.
+	PID   int    `json:"pid,omitempty"`
+	Start uint64 `json:"start,omitempty"`
 }
 
 // write replaces a file, for an agent that dies now to leave for the next. It
@@ -100,8 +104,11 @@ func (f files) endSuspension() error {
 	return errors.Join(os.RemoveAll(f.stream()), removeFile(f.suspension()), f.tidy())
 }
 
-// remove removes all files of a domain.
-func (f files) remove() error { return os.RemoveAll(f.dir) }
+// remove removes all files of a domain. What says that it was told to run goes
+// last: without that, it would be taken for a shell that another hand has run.
+func (f files) remove() error {
+	return errors.Join(removeFile(f.shell()), os.RemoveAll(f.dir))
+}
 
 // sweep takes up what an earlier agent left of its migrations, and removes what
 // belongs to no domain any more.

@@ -59,14 +59,21 @@ func (d *Driver) ShellOf(name string) (_ hypervisor.Shell, ran bool, err error) 
 		done()
 		return nil, false, fmt.Errorf("take over guest %s: %w", name, err)
 	}
-	g.mu.Lock()
-	s.proc = g.proc
-	g.shell = s
-	g.mu.Unlock()
 	// The mark is there before the domain is told to run, so that one that
 	// cannot be looked for counts. One that runs without it was told to by another
 	// hand, and is no guest of this host's, unless it has arrived.
-	s.ran = there(g.files.resumed()) || g.runs() && !there(g.files.shell())
+	shell, told := there(g.files.shell()), there(g.files.resumed())
+	g.mu.Lock()
+	state := g.state
+	s.proc, s.ran = g.proc, told || !shell
+	g.mu.Unlock()
+	if !shell && !told && state != hypervisor.StateRunning {
+		done()
+		return nil, false, &hypervisor.StateError{Guest: name, Operation: "take over the shell of", State: state}
+	}
+	g.mu.Lock()
+	g.shell = s
+	g.mu.Unlock()
 	return s, s.ran, nil
 }
 
@@ -199,10 +206,10 @@ func (s *Shell) Resume(ctx context.Context) error {
 		return nil
 	}
 	if err := s.run(ctx); err != nil {
-		err = errors.Join(err, s.letGo())
 		if s.ran {
-			err = errors.Join(err, s.g.expectArrival(ctx, s.record))
+			s.g.expectArrival(s.record)
 		}
+		err = errors.Join(err, s.letGo())
 		return fmt.Errorf("run guest %s: %w", s.g.name, err)
 	}
 	s.ran, s.resumed = true, true
@@ -296,6 +303,21 @@ func (s *Shell) lost() bool {
 	}
 }
 
+// replaced says whether the domain has another QEMU than the shell's.
+func (s *Shell) replaced() (bool, error) {
+	if s.proc == nil || !s.lost() {
+		return false, nil
+	}
+	p, err := s.g.d.findProcess(s.g.name, s.g.uuid)
+	if errors.Is(err, errNoProcess) {
+		return false, nil // libvirt has yet to notice
+	}
+	if err != nil {
+		return false, err
+	}
+	return p.pid != s.proc.pid || p.start != s.proc.start, p.close()
+}
+
 // destroyTimeout bounds the end of a shell.
 const destroyTimeout = time.Minute
 
@@ -341,8 +363,15 @@ func (s *Shell) destroy(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		if state == hypervisor.StateRunning && s.lost() {
-			return errAnother
+		if state == hypervisor.StateStopped { // and defined, by another hand
+			return s.g.noShell()
+		}
+		another, err := s.replaced()
+		if err != nil {
+			return err
+		}
+		if another {
+			return errors.Join(errAnother, s.g.noShell())
 		}
 		if state == hypervisor.StateRunning {
 			// We never told it to: the guest is the copy at the source.
@@ -356,6 +385,12 @@ func (s *Shell) destroy(ctx context.Context) error {
 			return errors.Join(err, waitErr)
 		}
 	}
+}
+
+// noShell notes that a domain is none that comes here by us.
+func (g *domain) noShell() error {
+	g.tell(func() { g.incoming = false })
+	return g.files.remove()
 }
 
 // Close gives the guest back without running or destroying it. One that runs
@@ -383,5 +418,8 @@ func (s *Shell) letGo() error {
 	err := closeBlocks(s.memory)
 	s.memory = nil
 	s.done()
+	if s.lost() {
+		s.g.lookAgain() // nobody forgot it as long as it was ours
+	}
 	return err
 }

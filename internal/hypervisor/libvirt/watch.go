@@ -189,11 +189,11 @@ func (g *domain) look(ctx context.Context, l *link) error {
 		return err
 	}
 	g.mu.Lock()
-	r, expected := g.arriving, g.shell != nil && g.state == hypervisor.StateUnreachable
+	r, held := g.arriving, g.shell != nil
 	g.mu.Unlock()
 	switch {
-	case expected:
-		return nil // libvirt is yet to make it; this was of an earlier one
+	case held:
+		return nil // libvirt is yet to make it, or who holds the shell deals with its end
 	case r != nil && r.Persistent != "":
 		return g.lostOnArrival(ctx, l, *r)
 	}
@@ -274,20 +274,18 @@ func (g *domain) seen(f facts, state hypervisor.State, word string) error {
 	}
 	obstacles := append(deviceReasons(f.xml), proc.obstacles()...)
 	keep := learners
-	var arriving *shellRecord
-	if state == hypervisor.StateRunning {
-		var err error
-		if arriving, err = g.arrivingNow(); err != nil {
-			errs = append(errs, err)
-		}
+	came, err := g.coming()
+	if err != nil {
+		errs = append(errs, err)
 	}
+	told := there(g.files.resumed())
 	switch {
 	case state == hypervisor.StateRunning && learners == nil:
 		keep = nics.Learn(g.d.ctx, g.d.log, g.name, f.cards)
 	case !active:
 		keep = nil
 	}
-	var arrived, over bool
+	var arrived, gone, over bool // gone: the shell of an earlier agent, for another's QEMU
 	g.tell(func() {
 		g.facts, g.state, g.runstate, g.proc, g.learners = f, state, word, proc, keep
 		g.obstacles = obstacles
@@ -298,13 +296,18 @@ func (g *domain) seen(f facts, state hypervisor.State, word string) error {
 		if proc != nil {
 			g.again = 0
 		}
-		// One that runs and was not told to by us is a shell all the same, which
-		// another hand has resumed.
-		if arriving != nil && g.incoming && g.shell == nil {
-			g.arriving, g.brought, arrived = arriving, arriving.Cards, true
-		}
-		if arriving != nil {
+		switch {
+		case came == nil || !active:
+		case g.shell == nil && !came.isOf(proc, state):
+			g.incoming, gone = false, true
+		case state == hypervisor.StateRunning && told:
 			g.incoming = false
+			if g.shell == nil && g.busy == "" {
+				g.arriving, g.brought, arrived = came, came.Cards, true
+			}
+		default:
+			// One that runs and was not told to by us is a shell all the same, which
+			// another hand has resumed.
 		}
 		if over = !active && g.shell == nil; over { // and defined
 			g.incoming, g.suspended, g.arriving = false, false, nil
@@ -322,7 +325,7 @@ func (g *domain) seen(f facts, state hypervisor.State, word string) error {
 	if active && proc == nil {
 		g.lookAgain()
 	}
-	if over {
+	if over || gone {
 		// After the flag, so that one that is suspended just now is either seen
 		// to be or cleared up after by Resume.
 		errs = append(errs, g.files.remove())
@@ -369,6 +372,9 @@ func (g *domain) lookAgain() {
 		}
 		if err != nil && g.d.ctx.Err() == nil {
 			g.d.log.Debug("look at a domain without a process", "guest", g.name, "error", err)
+			if !errors.Is(err, errDisconnected) { // else it is looked at when there is a connection
+				g.lookAgain()
+			}
 		}
 	})
 }

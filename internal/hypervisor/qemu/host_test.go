@@ -87,6 +87,11 @@ func TestPrepareRefuses(t *testing.T) {
 		offer.Definition = []byte("{")
 		refused(t, there, offer, "cannot be read")
 	})
+	t.Run("a guest of libvirt", func(t *testing.T) {
+		offer := good
+		offer.Definition = []byte(`{"version": 3, "hypervisor": "libvirt"}`)
+		refused(t, there, offer, "set hypervisor to the same on both hosts")
+	})
 	t.Run("too long", func(t *testing.T) {
 		offer := good
 		offer.Definition = bytes.Repeat([]byte(" "), maxBundle+1)
