@@ -51,11 +51,14 @@ func write(path string, content any) error {
 	if err := passable(filepath.Dir(path)); err != nil {
 		return err
 	}
-	if err := os.WriteFile(path+".new", text, 0o600); err != nil {
+	if err := os.WriteFile(path+unfinished, text, 0o600); err != nil {
 		return err
 	}
-	return os.Rename(path+".new", path)
+	return os.Rename(path+unfinished, path)
 }
+
+// unfinished ends the name of a file that is being written.
+const unfinished = ".new"
 
 // passable makes a folder through which another user reaches a folder of its
 // own, whatever our umask.
@@ -136,12 +139,17 @@ func (d *Driver) sweep() error {
 
 // takeUp goes on with what an earlier agent did to a domain.
 func (g *domain) takeUp() error {
-	// Nobody listens on the sockets any more.
-	if err := os.RemoveAll(g.files.stream()); err != nil {
+	// Nobody listens on the sockets any more, and what was being written will not
+	// be finished.
+	err := os.RemoveAll(g.files.stream())
+	for _, path := range []string{g.files.shell(), g.files.suspension(), g.files.resumed()} {
+		err = errors.Join(err, removeFile(path+unfinished))
+	}
+	if err != nil {
 		return err
 	}
 	var r shellRecord
-	err := read(g.files.shell(), &r)
+	err = read(g.files.shell(), &r)
 	if errors.Is(err, fs.ErrNotExist) { // it has arrived, perhaps just now
 		return errors.Join(removeFile(g.files.resumed()), g.files.tidy())
 	}
