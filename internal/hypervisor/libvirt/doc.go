@@ -34,6 +34,10 @@
 // that stands still, and survives the agent and libvirtd. The CPUs start by a
 // call of their own, after the commit.
 //
+// From the call that starts its CPUs on, a domain is this host's guest, whatever
+// becomes of it, and what is left is to define it here (arrival.go). A shell is
+// known by its process: another QEMU of the same domain is another hand's.
+//
 // QEMU's streams go through unix sockets of the driver's own, in a folder that
 // QEMU's user alone can use, and the source's is accepted from the domain's
 // process alone.
