@@ -29,11 +29,7 @@ func (s *settler) carryOut(ctx context.Context, action ledger.Action, r ledger.R
 	case ledger.OwnCrashed:
 		return s.ownCrashed(ctx, r, g)
 	case ledger.Withdraw:
-		end := s.endShell
-		if f.Copy == ledger.RunningCopy { // that is no shell, or not any more
-			end = func(context.Context, string, *openGuest) error { return s.dropShell(g) }
-		}
-		return errors.Join(end(ctx, r.Guest, g), s.a.ledger.Withdraw(ctx, *r.Handover))
+		return errors.Join(s.endCopy(ctx, r.Guest, f, g), s.a.ledger.Withdraw(ctx, *r.Handover))
 	case ledger.Drop:
 		return s.drop(ctx, r, f, g)
 	case ledger.Release:
@@ -167,6 +163,15 @@ func (s *settler) restoreDefinition(guest string) error {
 	}
 	_, err := s.a.driver.Define(text)
 	return err
+}
+
+// endCopy ends what a guest that never was this host's has here. One that runs is
+// no shell, or not any more: nothing of ours holds it, and it goes on.
+func (s *settler) endCopy(ctx context.Context, guest string, f ledger.Facts, g *openGuest) error {
+	if f.Copy == ledger.RunningCopy {
+		return s.dropShell(g)
+	}
+	return s.endShell(ctx, guest, g)
 }
 
 // endShell destroys what is left of a shell.

@@ -8,6 +8,16 @@ import (
 	"io"
 )
 
+// OfferedBy is the hypervisor that another host names in what it has sent, empty
+// if it names none; not ok if that cannot be read.
+func OfferedBy(data []byte, limit int) (hypervisor string, ok bool) {
+	var of struct {
+		Hypervisor string `json:"hypervisor"`
+	}
+	ok = len(data) <= limit && json.Unmarshal(data, &of) == nil
+	return of.Hypervisor, ok
+}
+
 // DecodeVersion reads what another host has sent like DecodeStrict, in the given
 // version of its format. What is of another version is told as that, and not as
 // what this one does not know in it.

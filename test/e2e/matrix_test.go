@@ -1,7 +1,6 @@
 package e2e
 
 import (
-	"context"
 	"crypto/rand"
 	"errors"
 	"fmt"
@@ -108,7 +107,8 @@ func (m *matrixCase) run(f fault) (lives bool) {
 	defer func() {
 		m.Release(stop) // also when the case has failed
 		if !lives {
-			m.destroyWhenFree()
+			m.GiveUp(m.guest.name, m.id)
+			m.destroy(m.guest)
 		}
 	}()
 	m.id = m.start(m.guest.name, "host1", "host2", &lmctlv1.MigrationOptions{})
@@ -128,58 +128,19 @@ func (m *matrixCase) run(f fault) (lives bool) {
 	return host != "" && !m.T.Failed()
 }
 
-// destroyWhenFree ends a guest whose migration may still be under way.
-func (m *matrixCase) destroyWhenFree() {
-	ctx, cancel := context.WithTimeout(context.Background(), labtest.Patience)
-	defer cancel()
-	// It may have ended long ago, or with its agent.
-	_, _ = m.Clients["host1"].Migrations.Cancel(ctx, &lmctlv1.MigrationRequest{Id: m.id})
-	for _, h := range m.Lab.Hosts() {
-		for ctx.Err() == nil {
-			g, err := m.Guest(h, m.guest.name)
-			if err == nil && (g == nil || g.Migration == "" && g.Busy == "") {
-				break
-			}
-			time.Sleep(10 * time.Millisecond)
-		}
-	}
-	m.destroy(m.guest)
-}
-
 // settled waits until both agents agree on where the guest is, and returns the
 // host that runs it, or none if it has ended.
 func (m *matrixCase) settled() (host string) {
 	m.T.Helper()
-	m.Eventually("both hosts settle", func() (err error) {
-		var running, ended []string
-		for _, h := range m.Lab.Hosts() {
-			g, err := m.Guest(h, m.guest.name)
-			switch {
-			case err != nil:
-				return err
-			case g == nil:
-			case g.Busy != "" || g.Migration != "":
-				return fmt.Errorf("%s is busy on %s: %s %s", g.Name, h, g.Busy, g.Migration)
-			case g.State == "running" && (h == "host1" && m.killedSource || h == "host2" && m.killedShell):
-				return fmt.Errorf("%s has not noticed yet that its copy was killed", h)
-			case g.State == "running":
-				running = append(running, h)
-			case g.State == "stopped" && g.End != nil && g.End.Cause != "":
-				ended = append(ended, h)
-			default:
-				return fmt.Errorf("the guest is %s on %s: %s", g.State, h, g.Advice)
-			}
-		}
+	host, _ = m.Settled(m.guest.name, func(h string, g *lmctlv1.Guest) error {
 		switch {
-		case len(running) == 1 && len(ended) == 0:
-			host = running[0]
-			return nil
-		case len(running) == 0 && len(ended) == 1 && m.mayHaveEnded(ended[0]):
-			host = ""
-			return nil
+		case g.State == "running" && (h == "host1" && m.killedSource || h == "host2" && m.killedShell):
+			return fmt.Errorf("%s has not noticed yet that its copy was killed", h)
+		case g.State == "stopped" && g.End.GetCause() == "":
+			return fmt.Errorf("it is stopped on %s, and nobody says why", h)
 		}
-		return fmt.Errorf("running on %q, ended on %q", running, ended)
-	})
+		return nil
+	}, m.mayHaveEnded)
 	return host
 }
 

@@ -134,21 +134,24 @@ func (c *Cluster) Context() context.Context {
 	return ctx
 }
 
-// pollEvery is between two looks at a condition.
-const pollEvery = 5 * time.Millisecond
-
 // Eventually waits for a condition that no event announces to a test.
 func (c *Cluster) Eventually(what string, ok func() error) {
 	c.T.Helper()
-	deadline := time.Now().Add(Patience)
-	for {
-		err := ok()
-		if err == nil {
-			return
+	if err := poll(ok); err != nil {
+		c.T.Fatalf("%s: not within %v: %v", what, Patience, err)
+	}
+}
+
+// pollEvery is between two looks at a condition.
+const pollEvery = 5 * time.Millisecond
+
+// poll looks until a condition holds, or patience is at its end: then it says what
+// was wrong last. Most conditions are about several hosts, which have no event in
+// common.
+func poll(ok func() error) error {
+	for deadline := time.Now().Add(Patience); ; time.Sleep(pollEvery) {
+		if err := ok(); err == nil || time.Now().After(deadline) {
+			return err
 		}
-		if time.Now().After(deadline) {
-			c.T.Fatalf("%s: not within %v: %v", what, Patience, err)
-		}
-		time.Sleep(pollEvery)
 	}
 }

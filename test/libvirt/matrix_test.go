@@ -8,7 +8,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	"github.com/lmctl/lmctl/internal/api/lmctlv1"
 	"github.com/lmctl/lmctl/internal/lab"
@@ -182,20 +181,10 @@ func (m *cell) asBefore(host string) {
 // giveUp ends a guest whose migration may still be under way, and daemons that
 // may still be dead.
 func (m *cell) giveUp() {
-	ctx := m.Context()
-	if _, err := m.Lab.StartDead(ctx); err != nil {
+	if _, err := m.Lab.StartDead(m.Context()); err != nil {
 		m.T.Error(err)
 	}
-	_, _ = m.Clients["host1"].Migrations.Cancel(ctx, &lmctlv1.MigrationRequest{Id: m.id}) // it may have ended
-	for _, h := range m.Lab.Hosts() {
-		for ctx.Err() == nil {
-			g, err := m.Guest(h, m.guest.Name)
-			if err == nil && (g == nil || g.Migration == "" && g.Busy == "") {
-				break
-			}
-			time.Sleep(10 * time.Millisecond)
-		}
-	}
+	m.GiveUp(m.guest.Name, m.id)
 	m.remove(m.guest)
 }
 
@@ -203,43 +192,20 @@ func (m *cell) giveUp() {
 // host that runs it, or none if it has ended.
 func (m *cell) settled() (host string) {
 	m.T.Helper()
-	m.Eventually("both hosts settle", func() (err error) {
-		var running, ended []string
-		for _, h := range m.Lab.Hosts() {
-			g, err := m.Guest(h, m.guest.Name)
-			switch {
-			case err != nil:
-				return err
-			case g == nil:
-			case g.Busy != "" || g.Migration != "":
-				return fmt.Errorf("it is busy on %s: %s %s", h, g.Busy, g.Migration)
-			case g.Ownership.GetState() != "owned":
-				return fmt.Errorf("on %s it is %s, %s: %s", h, g.State, g.Ownership.GetState(), g.Advice)
-			case g.State == "running" && m.killed[h]:
-				return fmt.Errorf("%s has not noticed yet that its copy was ended", h)
-			case g.State == "paused" && m.suspended:
-				if _, err := m.Lab.Output(m.Context(), h, "virsh", "resume", m.guest.Name); err != nil {
-					return err
-				}
-				return errors.New("it stood still, as it was told")
-			case g.State == "running":
-				running = append(running, h)
-			case g.State == "stopped":
-				ended = append(ended, h)
-			default:
-				return fmt.Errorf("the guest is %s on %s: %s", g.State, h, g.Advice)
-			}
-		}
+	host, m.endedOn = m.Settled(m.guest.Name, func(h string, g *lmctlv1.Guest) error {
 		switch {
-		case len(running) == 1 && len(ended) == 0:
-			host = running[0]
-			return nil
-		case len(running) == 0 && len(ended) == 1 && m.mayHaveEnded(ended[0]):
-			host, m.endedOn = "", ended[0]
-			return nil
+		case g.Ownership.GetState() != "owned":
+			return fmt.Errorf("on %s it is %s, %s: %s", h, g.State, g.Ownership.GetState(), g.Advice)
+		case g.State == "running" && m.killed[h]:
+			return fmt.Errorf("%s has not noticed yet that its copy was ended", h)
+		case g.State == "paused" && m.suspended:
+			if _, err := m.Lab.Output(m.Context(), h, "virsh", "resume", m.guest.Name); err != nil {
+				return err
+			}
+			return errors.New("it stood still, as it was told")
 		}
-		return fmt.Errorf("running on %q, ended on %q", running, ended)
-	})
+		return nil
+	}, m.mayHaveEnded)
 	return host
 }
 

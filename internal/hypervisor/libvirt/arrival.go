@@ -40,10 +40,8 @@ func (g *domain) makeOrdinary(ctx context.Context, r shellRecord) error {
 	if err != nil {
 		return err
 	}
-	if r.Persistent != "" {
-		if _, err := g.d.define(ctx, l, r); err != nil {
-			return err
-		}
+	if err := g.define(ctx, l, r); err != nil {
+		return err
 	}
 	g.tell(func() { g.incoming, g.arriving = false, nil })
 	if err := g.files.remove(); err != nil {
@@ -52,9 +50,27 @@ func (g *domain) makeOrdinary(ctx context.Context, r shellRecord) error {
 	return g.look(ctx, l)
 }
 
+// setArriving notes that the domain arrives, or with nil that nothing is left to do.
+func (g *domain) setArriving(r *shellRecord) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.arriving = r
+}
+
+// arrival is the record of a domain that arrives, else nil.
+func (g *domain) arrival() *shellRecord {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.arriving
+}
+
 // define has libvirt define a domain that came here as it was defined at its
-// source, unless it is defined already: then an operator did so, who knows better.
-func (d *Driver) define(ctx context.Context, l *link, r shellRecord) (*domain, error) {
+// source, if it was, and unless it is defined here already: then an operator did
+// so, who knows better.
+func (g *domain) define(ctx context.Context, l *link, r shellRecord) error {
+	if r.Persistent == "" {
+		return nil
+	}
 	dom, known, err := defined(ctx, l, r)
 	if err == nil && !known {
 		dom, err = call(ctx, l, func(l *link) (lv.Domain, error) { return l.DomainDefineXML(r.Persistent) })
@@ -62,14 +78,14 @@ func (d *Driver) define(ctx context.Context, l *link, r shellRecord) (*domain, e
 	if err == nil && r.Autostart {
 		err = do(ctx, l, func(l *link) error { return l.DomainSetAutostart(dom, 1) })
 		if err != nil && !errors.Is(err, errDisconnected) && ctx.Err() == nil {
-			d.log.Error("have a guest that came here start with the host", "guest", r.Name, "error", err)
+			g.d.log.Error("have a guest that came here start with the host", "guest", r.Name, "error", err)
 			err = nil // it is defined
 		}
 	}
 	if err != nil {
-		return nil, fmt.Errorf("define guest %s, which came here: %w", r.Name, err)
+		return fmt.Errorf("define guest %s, which came here: %w", r.Name, err)
 	}
-	return d.of(dom), nil
+	return nil
 }
 
 // defined says whether libvirt has a definition of a domain that came here.
@@ -92,11 +108,8 @@ func defined(ctx context.Context, l *link, r shellRecord) (dom lv.Domain, is boo
 // whether it does: it arrives when it is seen to run, or to have ended. A shell
 // still holds it, so that it has not been forgotten.
 func (g *domain) expectArrival(r shellRecord) {
-	g.mu.Lock()
-	g.arriving = &r
-	runs := g.state == hypervisor.StateRunning
-	g.mu.Unlock()
-	if runs {
+	g.setArriving(&r)
+	if g.runs() {
 		g.d.wg.Go(g.arrive)
 	}
 }
@@ -110,10 +123,7 @@ func (g *domain) arrive() {
 		return // the driver is being closed
 	}
 	defer done()
-	g.mu.Lock()
-	r := g.arriving
-	g.mu.Unlock()
-	if r != nil { // else it has arrived meanwhile
+	if r := g.arrival(); r != nil { // else it has arrived meanwhile
 		g.settleIn(*r)
 	}
 }
@@ -131,17 +141,60 @@ func (g *domain) beginWhenFree(operation string) (done func(), err error) {
 	}
 }
 
-// coming reads what there is to know of a domain on its way here, or just here,
-// of which no shell of this agent knows: nil if there is nothing.
-func (g *domain) coming() (*shellRecord, error) {
-	var r shellRecord
-	switch err := read(g.files.shell(), &r); {
+// traveller is what is on disk of a domain on its way here, or just here.
+type traveller struct {
+	shellRecord
+	told bool // to run here
+}
+
+// coming reads it; nil if there is nothing.
+func (g *domain) coming() (*traveller, error) {
+	var t traveller
+	switch err := read(g.files.shell(), &t.shellRecord); {
 	case errors.Is(err, fs.ErrNotExist):
 		return nil, nil
 	case err != nil:
 		return nil, fmt.Errorf("what is to be known of a guest that comes here: %w", err)
 	}
-	return &r, nil
+	t.told = there(g.files.resumed())
+	return &t, nil
+}
+
+// step is what follows from a look at a domain for one that was on its way here,
+// or away.
+type step int
+
+const (
+	goOn        step = iota
+	arriveNow        // it was told to run here, and does, and nobody sees to the rest
+	forgetFiles      // what is on disk of it is of a migration that is over
+)
+
+// advance brings the flags of a domain up to its state and to what is on disk of
+// its way here. The mu is held.
+func (g *domain) advance(came *traveller) step {
+	switch {
+	case g.shell != nil: // whoever holds that sees to the rest
+		if came != nil && came.told && g.state == hypervisor.StateRunning {
+			g.incoming = false
+		}
+	case g.state == hypervisor.StateStopped: // and defined
+		g.incoming, g.suspended, g.arriving = false, false, nil
+		return forgetFiles
+	case came == nil:
+	case !came.isOf(g.proc, g.state): // another hand's, in the place of an earlier agent's shell
+		g.incoming = false
+		return forgetFiles
+	case g.state == hypervisor.StateRunning && came.told:
+		g.incoming = false
+		if g.busy == "" {
+			g.arriving, g.brought = &came.shellRecord, came.Cards
+			return arriveNow
+		}
+	}
+	// One that runs and was not told to by us is a shell all the same, which another
+	// hand has resumed.
+	return goOn
 }
 
 // isOf says whether a process, or none that is known, may be that of the shell of
@@ -160,36 +213,25 @@ func (r *shellRecord) isOf(p *process, state hypervisor.State) bool {
 // settleDebt defines a domain that came here, and could not be defined when it
 // did: without, it would go on to the next host as one that never was.
 func (g *domain) settleDebt(ctx context.Context) error {
-	g.mu.Lock()
-	r := g.arriving
-	g.mu.Unlock()
-	if r == nil {
-		return nil
+	if r := g.arrival(); r != nil {
+		return g.makeOrdinary(ctx, *r)
 	}
-	return g.makeOrdinary(ctx, *r)
+	return nil
 }
 
 // lostOnArrival deals with a domain that libvirt knows no more, and that was
 // arriving: it is defined, and stays among the others until that has been done.
 // The looking is held.
 func (g *domain) lostOnArrival(ctx context.Context, l *link, r shellRecord) error {
-	if _, err := g.d.define(ctx, l, r); err != nil {
-		old := g.takeProcess()
-		g.tell(func() { g.state, g.runstate, g.incoming = hypervisor.StateStopped, "", false })
+	if err := g.define(ctx, l, r); err != nil {
+		var old *process
+		g.tell(func() {
+			old, g.proc = g.proc, nil
+			g.state, g.runstate, g.incoming = hypervisor.StateStopped, "", false
+		})
 		g.lookAgain()
 		return errors.Join(err, old.close())
 	}
-	g.mu.Lock()
-	g.arriving = nil
-	g.mu.Unlock()
+	g.setArriving(nil)
 	return g.ask(ctx, l)
-}
-
-// takeProcess takes the process from a domain that has none any more.
-func (g *domain) takeProcess() *process {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	p := g.proc
-	g.proc = nil
-	return p
 }

@@ -149,9 +149,7 @@ func (d *Driver) operate(ctx context.Context, name, operation string, request fu
 // Undefine forgets a domain that does not run. Its disks and its NVRAM stay.
 func (d *Driver) Undefine(name string) error {
 	return d.operate(d.ctx, name, "undefine", func(l *link, g *domain) error {
-		g.mu.Lock()
-		g.arriving = nil // it need not be defined any more
-		g.mu.Unlock()
+		g.setArriving(nil) // it need not be defined any more
 		return l.DomainUndefineFlags(g.ref(), lv.DomainUndefineKeepNvram)
 	}, hypervisor.StateStopped)
 }

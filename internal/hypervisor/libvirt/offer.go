@@ -139,10 +139,7 @@ var errWithout = errors.New("the source runs it without libvirt; set hypervisor 
 // parseOffer reads what another host says of a domain. Nothing in it is trusted
 // to be right, nor to name a file that we should read.
 func parseOffer(data []byte) (*offer, *libvirtxml.Domain, error) {
-	var of struct {
-		Hypervisor string `json:"hypervisor"`
-	}
-	if len(data) <= maxOffer && json.Unmarshal(data, &of) == nil && of.Hypervisor != "libvirt" {
+	if of, ok := hypervisor.OfferedBy(data, maxOffer); ok && of != "libvirt" {
 		return nil, nil, errWithout
 	}
 	var o offer

@@ -181,9 +181,7 @@ func (s *Guest) Release(ctx context.Context) error {
 }
 
 func (s *Guest) release(ctx context.Context) error {
-	s.g.mu.Lock()
-	s.g.arriving = nil // another host has it now
-	s.g.mu.Unlock()
+	s.g.setArriving(nil) // another host has it now
 	s.g.intend(hypervisor.EndMigrated)
 	if p := s.suspension; p != nil {
 		if err := p.end(ctx); err != nil {

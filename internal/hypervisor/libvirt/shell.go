@@ -63,16 +63,12 @@ func (d *Driver) ShellOf(name string) (_ hypervisor.Shell, ran bool, err error) 
 	// cannot be looked for counts. One that runs without it was told to by another
 	// hand, and is no guest of this host's, unless it has arrived.
 	shell, told := there(g.files.shell()), there(g.files.resumed())
-	g.mu.Lock()
-	state := g.state
-	s.proc, s.ran = g.proc, told || !shell
-	g.mu.Unlock()
-	if !shell && !told && state != hypervisor.StateRunning {
+	if !shell && !told && !g.runs() {
 		done()
-		return nil, false, &hypervisor.StateError{Guest: name, Operation: "take over the shell of", State: state}
+		return nil, false, &hypervisor.StateError{Guest: name, Operation: "take over the shell of", State: g.info().State}
 	}
 	g.mu.Lock()
-	g.shell = s
+	s.proc, s.ran, g.shell = g.proc, told || !shell, s
 	g.mu.Unlock()
 	return s, s.ran, nil
 }
@@ -213,9 +209,7 @@ func (s *Shell) Resume(ctx context.Context) error {
 		return fmt.Errorf("run guest %s: %w", s.g.name, err)
 	}
 	s.ran, s.resumed = true, true
-	s.g.mu.Lock()
-	s.g.arriving = &s.record
-	s.g.mu.Unlock()
+	s.g.setArriving(&s.record)
 	s.g.d.wg.Go(func() {
 		s.g.settleIn(s.record)
 		s.mu.Lock()

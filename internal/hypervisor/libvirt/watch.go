@@ -141,9 +141,7 @@ func (g *domain) stopped(detail lv.DomainEventStoppedDetailType) {
 		end.Cause = hypervisor.EndCrashed
 	case lv.DomainEventStoppedMigrated:
 		end.Cause = hypervisor.EndMigrated
-		g.mu.Lock()
-		g.arriving = nil // another host has it now
-		g.mu.Unlock()
+		g.setArriving(nil) // another host has it now
 	case lv.DomainEventStoppedSaved:
 		end.Cause = hypervisor.EndSaved
 	default: // QEMU has ended by itself, or was ended by somebody else
@@ -254,38 +252,19 @@ func (g *domain) seen(f facts, state hypervisor.State, word string) error {
 	g.mu.Lock()
 	old, learners := g.proc, g.learners
 	g.mu.Unlock()
-	proc := old
-	var errs []error
-	if old != nil {
-		select {
-		case <-old.ended:
-			proc = nil
-		default:
-		}
-	}
-	if proc == nil && active {
-		var err error
-		if proc, err = g.d.findProcess(g.name, g.uuid); err != nil && !errors.Is(err, errNoProcess) {
-			errs = append(errs, err)
-		}
-	}
-	if !active {
-		proc = nil
-	}
+	proc, err := g.processNow(old, active)
+	errs := []error{err}
 	obstacles := append(deviceReasons(f.xml), proc.obstacles()...)
 	keep := learners
-	came, err := g.coming()
-	if err != nil {
-		errs = append(errs, err)
-	}
-	told := there(g.files.resumed())
 	switch {
 	case state == hypervisor.StateRunning && learners == nil:
 		keep = nics.Learn(g.d.ctx, g.d.log, g.name, f.cards)
 	case !active:
 		keep = nil
 	}
-	var arrived, gone, over bool // gone: the shell of an earlier agent, for another's QEMU
+	came, err := g.coming()
+	errs = append(errs, err)
+	var next step
 	g.tell(func() {
 		g.facts, g.state, g.runstate, g.proc, g.learners = f, state, word, proc, keep
 		g.obstacles = obstacles
@@ -296,22 +275,7 @@ func (g *domain) seen(f facts, state hypervisor.State, word string) error {
 		if proc != nil {
 			g.again = 0
 		}
-		switch {
-		case came == nil || !active:
-		case g.shell == nil && !came.isOf(proc, state):
-			g.incoming, gone = false, true
-		case state == hypervisor.StateRunning && told:
-			g.incoming = false
-			if g.shell == nil && g.busy == "" {
-				g.arriving, g.brought, arrived = came, came.Cards, true
-			}
-		default:
-			// One that runs and was not told to by us is a shell all the same, which
-			// another hand has resumed.
-		}
-		if over = !active && g.shell == nil; over { // and defined
-			g.incoming, g.suspended, g.arriving = false, false, nil
-		}
+		next = g.advance(came)
 	})
 	if old != nil && old != proc {
 		errs = append(errs, old.close())
@@ -319,18 +283,37 @@ func (g *domain) seen(f facts, state hypervisor.State, word string) error {
 	if learners != nil && keep == nil {
 		errs = append(errs, learners.Close())
 	}
-	if arrived {
+	switch next {
+	case arriveNow:
 		g.d.wg.Go(g.arrive)
+	case forgetFiles:
+		// After the flags, so that one that is suspended just now is either seen
+		// to be or cleared up after by Resume.
+		errs = append(errs, g.files.remove())
 	}
 	if active && proc == nil {
 		g.lookAgain()
 	}
-	if over || gone {
-		// After the flag, so that one that is suspended just now is either seen
-		// to be or cleared up after by Resume.
-		errs = append(errs, g.files.remove())
-	}
 	return errors.Join(errs...)
+}
+
+// processNow is the process of a domain that had old, or none.
+func (g *domain) processNow(old *process, active bool) (*process, error) {
+	if !active {
+		return nil, nil
+	}
+	if old != nil {
+		select {
+		case <-old.ended:
+		default:
+			return old, nil
+		}
+	}
+	proc, err := g.d.findProcess(g.name, g.uuid)
+	if errors.Is(err, errNoProcess) {
+		err = nil
+	}
+	return proc, err
 }
 
 // The pauses between two looks at a domain without a process: it is about to be

@@ -78,11 +78,8 @@ var versionText = regexp.MustCompile(`^[0-9]{1,3}\.[0-9]{1,3}\.[0-9]{1,3}$`)
 // parseBundle reads what another host says of a guest. Nothing in it is
 // trusted to be right, nor to be a file that we should read.
 func parseBundle(data []byte) (*bundle, *Definition, error) {
-	var of struct {
-		Hypervisor string `json:"hypervisor"`
-	}
-	if len(data) <= maxBundle && json.Unmarshal(data, &of) == nil && of.Hypervisor != "" {
-		return nil, nil, fmt.Errorf("it is a guest of %q; set hypervisor to the same on both hosts", of.Hypervisor)
+	if of, ok := hypervisor.OfferedBy(data, maxBundle); ok && of != "" {
+		return nil, nil, fmt.Errorf("it is a guest of %q; set hypervisor to the same on both hosts", of)
 	}
 	var b bundle
 	if err := hypervisor.DecodeVersion(data, maxBundle, bundleVersion, &b); err != nil {

@@ -29,6 +29,8 @@ func TestCompare(t *testing.T) {
 	}
 	altered := func(f Facts, change func(*Facts)) []Facts { change(&f); return []Facts{f} }
 	dm := Seen{Path: "/dev/d", Facts: Facts{Path: "/dev/d", Shared: true, Block: true, Size: 4096, Identity: "mpath-1"}}
+	grown := disk
+	grown.Facts.Format = "qcow2"
 	for _, test := range []struct {
 		name    string
 		here    []Seen
@@ -42,6 +44,7 @@ func TestCompare(t *testing.T) {
 		{"which", []Seen{disk}, facts[:1], hypervisor.Fail, "in the place of"},
 		{"content", []Seen{kernel}, altered(facts[0], func(f *Facts) { f.Hash++ }), hypervisor.Fail, "its content is not the source's"},
 		{"size", []Seen{disk}, altered(facts[1], func(f *Facts) { f.Size++ }), hypervisor.Fail, "14 here and 15 at the source"},
+		{"an image that grows", []Seen{grown}, altered(grown.Facts, func(f *Facts) { f.Size-- }), hypervisor.Pass, "the same at the source"},
 		{"inode", []Seen{disk}, altered(facts[1], func(f *Facts) { f.Inode++ }), hypervisor.Fail, "another file here"},
 		{"kind", []Seen{disk}, altered(facts[1], func(f *Facts) { f.Block = true }), hypervisor.Fail, "a file here and a block device at the source"},
 		{"device", []Seen{dm}, altered(dm.Facts, func(f *Facts) { f.Identity = "mpath-2" }), hypervisor.Fail, "another device here"},

@@ -127,6 +127,15 @@ func TestStandsOnTooMuch(t *testing.T) {
 	}
 }
 
+// A name that would write over what an operator reads is refused.
+func TestStandsOnOddName(t *testing.T) {
+	dir := t.TempDir()
+	makeImage(t, dir, "-u", "-b", "base\x1b[2J", "-F", "raw", "odd", "1M")
+	if seen := Disk(filepath.Join(dir, "odd"), "qcow2"); len(seen) != 1 || seen[0].Err == nil || strings.ContainsRune(seen[0].Err.Error(), 0x1b) {
+		t.Errorf("%+v", seen)
+	}
+}
+
 // Another file below a disk is found, and one that is missing, and one that stands
 // on itself.
 func TestDiskOnAnother(t *testing.T) {

@@ -7,6 +7,7 @@ import (
 	"io"
 	"regexp"
 	"strings"
+	"unicode"
 )
 
 // What of QEMU's docs/interop/qcow2.txt is needed to know which other files an
@@ -90,7 +91,9 @@ func (h *qcow2Header) images(f io.ReaderAt, path string) (below []image, err err
 		if !ok {
 			return nil, errors.New("its data is in another file, which it does not name")
 		}
-		below = append(below, image{resolve(path, name), "raw"})
+		if below, err = stand(below, path, name, "raw"); err != nil {
+			return nil, err
+		}
 	}
 	if h.BackingOffset == 0 || h.BackingSize == 0 {
 		return below, nil
@@ -99,7 +102,16 @@ func (h *qcow2Header) images(f io.ReaderAt, path string) (below []image, err err
 	if _, err := io.ReadFull(io.NewSectionReader(f, int64(h.BackingOffset), int64(h.BackingSize)), name); err != nil {
 		return nil, fmt.Errorf("name of the backing file: %w", err)
 	}
-	return append(below, image{resolve(path, string(name)), extensions[extensionFormat]}), nil
+	return stand(below, path, string(name), extensions[extensionFormat])
+}
+
+// stand adds an image that the one at a path stands on. Its name is an operator's
+// to read.
+func stand(below []image, path, name, format string) ([]image, error) {
+	if strings.ContainsFunc(name, unicode.IsControl) {
+		return nil, fmt.Errorf("it names a file %q", name)
+	}
+	return append(below, image{resolve(path, name), format}), nil
 }
 
 // readExtensions reads the header's extensions, by type. They cannot be larger
