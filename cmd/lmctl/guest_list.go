@@ -21,6 +21,7 @@ type guestJSON struct {
 	UUID        string         `json:"uuid"`
 	Host        string         `json:"host"`
 	State       string         `json:"state"`
+	Runstate    string         `json:"runstate,omitempty"` // the hypervisor's own word
 	Busy        string         `json:"busy,omitempty"`
 	PID         int32          `json:"pid,omitempty"`
 	MemoryBytes int64          `json:"memory_bytes"`
@@ -56,7 +57,7 @@ type ownershipJSON struct {
 
 func guestObject(g *lmctlv1.Guest) guestJSON {
 	out := guestJSON{
-		Name: g.Name, UUID: g.Uuid, Host: g.Host, State: g.State, Busy: g.Busy, PID: g.Pid,
+		Name: g.Name, UUID: g.Uuid, Host: g.Host, State: g.State, Runstate: g.Runstate, Busy: g.Busy, PID: g.Pid,
 		MemoryBytes: g.MemoryBytes, VCPUs: g.Vcpus, Machine: g.Machine, Accelerator: g.Accelerator, Mode: g.Mode, ModeReason: g.ModeReason,
 		CPU: g.Cpu, QEMU: g.HypervisorVersion, Advice: g.Advice, Migration: g.Migration,
 		Log: g.LogPath, ConsoleLog: g.ConsoleLog, Observer: g.Observer,
@@ -179,8 +180,16 @@ func (o *options) printGuest(g *lmctlv1.Guest) error {
 		end += ": " + v.End.Detail
 	}
 	return printFields(o.out,
-		"Name", v.Name, "UUID", v.UUID, "Host", v.Host, "State", v.State, "In doubt", v.Advice, "Busy with", v.Busy,
+		"Name", v.Name, "UUID", v.UUID, "Host", v.Host, "State", stateWords(v.State, v.Runstate), "In doubt", v.Advice, "Busy with", v.Busy,
 		"Memory", size(v.MemoryBytes), "vCPUs", itoa(v.VCPUs), "CPU", v.CPU, "Machine", v.Machine,
 		"Accelerator", v.Accelerator, "Migrates", modeWords(v.Mode, v.ModeReason), "QEMU", v.QEMU, "Process", pid, "Started", started, "Last end", end,
 		"Ownership", epoch, "Migration", v.Migration, "Log", v.Log, "Console log", v.ConsoleLog, "Observer", v.Observer)
+}
+
+// stateWords is a guest's state, with what its hypervisor adds to that.
+func stateWords(state, runstate string) string {
+	if runstate == "" || runstate == state {
+		return state
+	}
+	return state + " (" + runstate + ")"
 }

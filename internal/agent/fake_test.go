@@ -29,6 +29,32 @@ type fakeDriver struct {
 	movable bool // says Examine
 	// seen, if set, is what watchers see.
 	seen chan hypervisor.Info
+	// met, if set, is closed when the hypervisor can be asked.
+	met chan struct{}
+}
+
+func (d *fakeDriver) Connected() bool {
+	if d.met == nil {
+		return true
+	}
+	select {
+	case <-d.met:
+		return true
+	default:
+		return false
+	}
+}
+
+func (d *fakeDriver) AwaitConnection(ctx context.Context) error {
+	if d.met == nil {
+		return nil
+	}
+	select {
+	case <-d.met:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 }
 
 func (d *fakeDriver) did(format string, args ...any) {

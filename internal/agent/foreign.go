@@ -82,8 +82,22 @@ func (a *Agent) undefined(ctx context.Context, name string) error {
 // connected says whether the driver's list is what is there. One that it cannot
 // ask about is unreachable, and of those that it never saw nothing is known.
 func (a *Agent) connected() bool {
-	c, ok := a.driver.(interface{ Connected() bool })
+	c, ok := a.driver.(parted)
 	return !ok || c.Connected()
+}
+
+// awaitConnection waits until it is.
+func (a *Agent) awaitConnection(ctx context.Context) error {
+	if c, ok := a.driver.(parted); ok {
+		return c.AwaitConnection(ctx)
+	}
+	return nil
+}
+
+// parted is a driver whose hypervisor is a daemon of its own, which may be away.
+type parted interface {
+	Connected() bool
+	AwaitConnection(context.Context) error
 }
 
 // knowAll is know for every guest that is here or was.

@@ -120,6 +120,37 @@ func TestWaysOut(t *testing.T) {
 	})
 }
 
+// TestDefinitionWaitsForHypervisor: an agent that comes back before its hypervisor
+// defines a guest of its own again, which was lost with its shell, once that can be
+// asked, and then forgets the definition.
+func TestDefinitionWaitsForHypervisor(t *testing.T) {
+	s := newSite(t, "alpha", "beta")
+	cfg := s.config("alpha")
+	h := rebooted(t, cfg, true)
+	l, err := ledger.Open(filepath.Join(cfg.StateDir, "ledger"), cfg.Name, "before", slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(l.Own(t.Context(), h), l.Close()); err != nil {
+		t.Fatal(err)
+	}
+	d := newFake()
+	d.met = make(chan struct{})
+	a := s.agent(cfg, d)
+	if _, err := d.Get("g"); err == nil {
+		t.Fatal("defined in a hypervisor that cannot be asked")
+	}
+	if _, kept := a.kept.get("g"); !kept {
+		t.Fatal("its definition was forgotten before it was defined")
+	}
+	close(d.met)
+	until(t, "it is defined again", func() bool {
+		info, err := d.Get("g")
+		_, kept := a.kept.get("g")
+		return err == nil && info.UUID == h.UUID && !kept
+	})
+}
+
 // TestCrashedGuestNeedsItsDefinition: a host does not take over a guest that it
 // could not start, or the source would remove the only definition there is.
 func TestCrashedGuestNeedsItsDefinition(t *testing.T) {

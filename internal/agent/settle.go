@@ -68,16 +68,42 @@ func (s *settler) begin(ctx context.Context) {
 	for _, info := range s.a.driver.List() {
 		names[info.Name] = true
 	}
+	met := s.a.connected()
+	if met {
+		s.restoreDefinitions()
+	}
 	for name := range names {
-		if s.a.ledger.Owns(name) == nil && s.a.connected() {
-			if err := s.restoreDefinition(name); err != nil {
-				s.a.log.Error("a guest of this host cannot be defined again", "guest", name, "error", err)
-			}
-		}
 		d := s.settle(ctx, name, nil)
 		s.a.log.Debug("guest looked at", "guest", name, "action", d.Action, "reason", d.Reason)
 	}
 	s.forgetDefinitions()
+	if !met {
+		s.a.wg.Go(func() { s.meet(s.a.life) })
+	}
+}
+
+// meet does what had to wait until the hypervisor can be asked which guests it has,
+// when the agent came up before it.
+func (s *settler) meet(ctx context.Context) {
+	if s.a.awaitConnection(ctx) != nil {
+		return // the agent ends
+	}
+	s.a.knowAll(ctx)
+	s.restoreDefinitions()
+	s.forgetDefinitions()
+}
+
+// restoreDefinitions defines the guests of this host again that the driver has
+// forgotten.
+func (s *settler) restoreDefinitions() {
+	for _, r := range s.a.ledger.List() {
+		if s.a.ledger.Owns(r.Guest) != nil {
+			continue
+		}
+		if err := s.restoreDefinition(r.Guest); err != nil {
+			s.a.log.Error("a guest of this host cannot be defined again", "guest", r.Guest, "error", err)
+		}
+	}
 }
 
 // forgetDefinitions removes the definitions of guests that came here and are

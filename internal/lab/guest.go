@@ -95,6 +95,9 @@ func (g Guest) settings() control.Settings {
 
 func (l *Lab) guestFile(name string) string { return filepath.Join(l.dir, "guests", name+".json") }
 
+// errNoGuest says that a lab has no guest of a name.
+var errNoGuest = errors.New("no such guest")
+
 // Guest finds a guest that was started in this lab.
 func (l *Lab) Guest(name string) (Guest, error) {
 	var g Guest
@@ -103,7 +106,7 @@ func (l *Lab) Guest(name string) (Guest, error) {
 	}
 	b, err := os.ReadFile(l.guestFile(name))
 	if errors.Is(err, os.ErrNotExist) {
-		return g, fmt.Errorf("lab: no such guest: %s", name)
+		return g, fmt.Errorf("lab: %w: %s", errNoGuest, name)
 	}
 	if err != nil {
 		return g, fmt.Errorf("lab: %w", err)
@@ -123,6 +126,9 @@ func (l *Lab) Guests() ([]Guest, error) {
 	guests := make([]Guest, 0, len(files))
 	for _, f := range files {
 		g, err := l.Guest(strings.TrimSuffix(filepath.Base(f), ".json"))
+		if errors.Is(err, errNoGuest) {
+			continue // somebody has removed it meanwhile
+		}
 		if err != nil {
 			return nil, err
 		}

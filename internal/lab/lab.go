@@ -29,6 +29,9 @@ type Options struct {
 	// MemoryLimit is the size of each host's tmpfs for guest memory, in bytes;
 	// half of the machine's memory if 0.
 	MemoryLimit int64
+	// DiskLimit is the size of a file system that holds each host's DiskDir, in
+	// bytes; the folder is on the machine's if 0.
+	DiskLimit int64
 	// NoAgents leaves the hosts without agents, for those who start their own.
 	NoAgents bool
 	// AgentEnv is added to the environment of agents.
@@ -46,6 +49,7 @@ type state struct {
 	Hosts       int             `json:"hosts"`
 	Binary      string          `json:"binary"`
 	MemoryLimit int64           `json:"memory_limit"`
+	DiskLimit   int64           `json:"disk_limit,omitempty"`
 	AgentEnv    []string        `json:"agent_env,omitempty"`
 	Hypervisor  Hypervisor      `json:"hypervisor,omitempty"`
 	Libvirt     *LibvirtOptions `json:"libvirt,omitempty"` // with Hypervisor Libvirt
@@ -94,8 +98,8 @@ func newLab(o Options) (*Lab, error) {
 		return nil, errNotRoot
 	}
 	l := &Lab{dir: o.Dir, state: state{
-		Hosts: o.Hosts, Binary: o.Binary, MemoryLimit: o.MemoryLimit, AgentEnv: o.AgentEnv,
-		Hypervisor: o.Hypervisor, Libvirt: &o.Libvirt,
+		Hosts: o.Hosts, Binary: o.Binary, MemoryLimit: o.MemoryLimit, DiskLimit: o.DiskLimit,
+		AgentEnv: o.AgentEnv, Hypervisor: o.Hypervisor, Libvirt: &o.Libvirt,
 	}}
 	if l.dir == "" {
 		l.dir = DefaultDir
@@ -115,8 +119,8 @@ func newLab(o Options) (*Lab, error) {
 			return nil, fmt.Errorf("lab: %w", err)
 		}
 	}
-	if l.state.MemoryLimit < 0 {
-		return nil, fmt.Errorf("lab: memory limit of %d bytes", o.MemoryLimit)
+	if o.MemoryLimit < 0 || o.DiskLimit < 0 {
+		return nil, fmt.Errorf("lab: limits of %d bytes of memory and %d of disk", o.MemoryLimit, o.DiskLimit)
 	}
 	if err := l.state.settleHypervisor(l.dir); err != nil {
 		return nil, err
@@ -246,22 +250,39 @@ func (l *Lab) makeFolders() error {
 			return fmt.Errorf("lab: %w", err)
 		}
 	}
-	options := "mode=0700"
+	memory := "mode=0700"
 	if l.Hypervisor() == Libvirt {
-		options = "mode=1777" // it is /dev/shm there, and QEMU need not be root
-	}
-	if l.state.MemoryLimit > 0 {
-		options += fmt.Sprintf(",size=%d", l.state.MemoryLimit)
+		memory = "mode=1777" // it is /dev/shm there, and QEMU need not be root
 	}
 	for _, host := range l.Hosts() {
-		for _, dir := range []string{l.StateDir(host), l.RunDir(host), l.MemoryDir(host)} {
+		if err := makeTmpfs(l.MemoryDir(host), memory, l.state.MemoryLimit); err != nil {
+			return err
+		}
+		if l.state.DiskLimit > 0 {
+			if err := makeTmpfs(l.DiskDir(host), "mode=0755", l.state.DiskLimit); err != nil {
+				return err
+			}
+		}
+		for _, dir := range []string{l.StateDir(host), l.RunDir(host)} {
 			if err := os.MkdirAll(dir, 0o700); err != nil {
 				return fmt.Errorf("lab: %w", err)
 			}
 		}
-		if err := unix.Mount("lmctl-lab", l.MemoryDir(host), "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, options); err != nil {
-			return fmt.Errorf("lab: mount a tmpfs on %s: %w", l.MemoryDir(host), err)
-		}
+	}
+	return nil
+}
+
+// makeTmpfs mounts a file system of a size in bytes, or of half the machine's
+// memory if that is 0, on a folder that it makes.
+func makeTmpfs(dir, options string, size int64) error {
+	if size > 0 {
+		options += fmt.Sprintf(",size=%d", size)
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return fmt.Errorf("lab: %w", err)
+	}
+	if err := unix.Mount("lmctl-lab", dir, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, options); err != nil {
+		return fmt.Errorf("lab: mount a tmpfs on %s: %w", dir, err)
 	}
 	return nil
 }

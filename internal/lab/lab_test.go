@@ -241,7 +241,7 @@ func TestLabsCoexist(t *testing.T) {
 }
 
 func TestAgents(t *testing.T) {
-	l := up(t, Options{MemoryLimit: 8 << 20})
+	l := up(t, Options{MemoryLimit: 8 << 20, DiskLimit: 16 << 20})
 	again, err := Open(l.dir)
 	if err != nil {
 		t.Fatal(err)
@@ -250,9 +250,11 @@ func TestAgents(t *testing.T) {
 		if runs, err := again.AgentRuns(host); err != nil || !runs {
 			t.Errorf("agent of %s runs: %v, %v", host, runs, err)
 		}
-		var fs unix.Statfs_t
-		if err := unix.Statfs(l.MemoryDir(host), &fs); err != nil || fs.Type != unix.TMPFS_MAGIC || fs.Blocks*uint64(fs.Bsize) != 8<<20 {
-			t.Errorf("memory of %s: %+v, %v", host, fs, err)
+		for dir, size := range map[string]uint64{l.MemoryDir(host): 8 << 20, l.StateDir(host): 16 << 20} {
+			var fs unix.Statfs_t
+			if err := unix.Statfs(dir, &fs); err != nil || fs.Type != unix.TMPFS_MAGIC || fs.Blocks*uint64(fs.Bsize) != size {
+				t.Errorf("%s of %s: %+v, %v", dir, host, fs, err)
+			}
 		}
 		if c, err := l.Dial(t.Context(), Client, "tcp", l.agentAddress(host)); err != nil {
 			t.Errorf("the agent of %s is not in its namespace: %v", host, err)
@@ -413,7 +415,7 @@ func TestForeignFolderIsLeftAlone(t *testing.T) {
 
 func TestOptionsRefused(t *testing.T) {
 	testenv.NeedRoot(t)
-	for _, o := range []Options{{Hosts: -1}, {Hosts: MaxHosts + 1}, {MemoryLimit: -1}} {
+	for _, o := range []Options{{Hosts: -1}, {Hosts: MaxHosts + 1}, {MemoryLimit: -1}, {DiskLimit: -1}} {
 		o.Dir = filepath.Join(t.TempDir(), "lab")
 		if _, err := Up(t.Context(), o); err == nil {
 			t.Errorf("%+v is accepted", o)

@@ -96,8 +96,11 @@ func (l *Lab) Storage() string { return filepath.Join(l.dir, "storage") }
 // HostDir is where a host keeps what is its own.
 func (l *Lab) HostDir(host string) string { return filepath.Join(l.dir, "hosts", host) }
 
+// DiskDir is where a host keeps what outlives a reboot.
+func (l *Lab) DiskDir(host string) string { return filepath.Join(l.HostDir(host), "disk") }
+
 // StateDir and MemoryDir are those of a host's agent.
-func (l *Lab) StateDir(host string) string  { return filepath.Join(l.HostDir(host), "state") }
+func (l *Lab) StateDir(host string) string  { return filepath.Join(l.DiskDir(host), "state") }
 func (l *Lab) MemoryDir(host string) string { return filepath.Join(l.HostDir(host), "memory") }
 
 // RunDir is the agent's too. With libvirt it is /run/lmctl on the host.

@@ -32,7 +32,7 @@ const (
 )
 
 // libvirtDir holds what is libvirt's own on a host.
-func (l *Lab) libvirtDir(host string) string { return filepath.Join(l.HostDir(host), "libvirt") }
+func (l *Lab) libvirtDir(host string) string { return filepath.Join(l.DiskDir(host), "libvirt") }
 
 // runRoot is /run of a host with libvirt.
 func (l *Lab) runRoot(host string) string { return filepath.Join(l.HostDir(host), "run") }

@@ -90,6 +90,21 @@ func PidfdExited(pidfd int) (bool, error) {
 	return pollPidfd([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, 0)
 }
 
+// PidfdOver says, without waiting, whether a process runs its program no more: it
+// has ended, or is on its way to its end and has given its memory up already, as a
+// large process has for some time before PidfdExited says so.
+func PidfdOver(pid, pidfd int) (bool, error) {
+	// proc_pid_cmdline(5): it is read from the process's memory, and empty
+	// without.
+	line, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+	// Asked last: if it has not ended, pid was its number just now.
+	exited, err2 := PidfdExited(pidfd)
+	if err2 != nil || exited {
+		return exited, err2
+	}
+	return err == nil && len(line) == 0, err
+}
+
 // WaitPidfd returns nil as soon as the process has ended, whether or not it is
 // a child, and does not reap it. Unlike wait4 and os.Process.Wait it is not
 // woken by the stops of a process that this program traces.

@@ -213,6 +213,9 @@ func TestPidfd(t *testing.T) {
 	if exited, err := PidfdExited(fd); err != nil || exited {
 		t.Errorf("exited %v, %v", exited, err)
 	}
+	if over, err := PidfdOver(cmd.Process.Pid, fd); err != nil || over {
+		t.Errorf("over %v, %v", over, err)
+	}
 	ctx, cancel := context.WithCancel(t.Context())
 	time.AfterFunc(time.Millisecond, cancel)
 	if err := WaitPidfd(ctx, fd); !errors.Is(err, context.Canceled) {
@@ -229,6 +232,9 @@ func TestPidfd(t *testing.T) {
 	}
 	if _, err := ExitInfo(fd); !errors.Is(err, ErrNotExited) && !errors.Is(err, errors.ErrUnsupported) {
 		t.Errorf("exit status of a zombie: %v", err)
+	}
+	if over, err := PidfdOver(cmd.Process.Pid, fd); err != nil || !over {
+		t.Errorf("a zombie is over: %v, %v", over, err)
 	}
 	_ = cmd.Wait() // reaps; the status is what ExitInfo is asked for
 	if _, err := PidfdPID(fd); !errors.Is(err, unix.ESRCH) {

@@ -21,6 +21,9 @@ import (
 // memoryLimit is what each host has for guest memory, in bytes.
 const memoryLimit = 10 << 30
 
+// diskLimit is what each host has for what is its own on disk, in bytes.
+const diskLimit = 64 << 20
+
 // qemuUser is whom QEMU runs as, as Debian has it.
 const qemuUser = "libvirt-qemu"
 
@@ -74,6 +77,7 @@ func needs(t *testing.T) {
 // options completes those of a lab with what all have here.
 func options(folder string, o lab.Options) lab.Options {
 	o.Dir, o.Binary = filepath.Join(work.dir, folder), work.binary
+	o.DiskLimit = diskLimit
 	// No dynamic ownership: libvirt does not take the machine's own file system
 	// for one that hosts share, and the host that a guest left, or did not come
 	// to, would take the disk from the QEMU that has it.

@@ -3,6 +3,7 @@ package libvirt
 import (
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"slices"
 
@@ -91,6 +92,19 @@ var faults = []fault{
 		name: "fill-destination-memory", do: (*cell).fillMemory, undo: (*cell).freeMemory,
 		at: []migrate.State{migrate.DestReceiving},
 	},
+	{
+		name: "fill-destination-disk", do: (*cell).fillDisk, undo: (*cell).freeDisk,
+		at: []migrate.State{migrate.DestPreparing, migrate.DestReady},
+	},
+	// As an upgrade does: the agent is asked to end, and another takes its place.
+	{
+		name: "upgrade-source-agent", do: func(m *cell) { m.stopAgent("host1") }, undo: func(m *cell) { m.replaceAgent("host1") },
+		at: []migrate.State{migrate.SourceCopying},
+	},
+	{
+		name: "upgrade-destination-agent", do: func(m *cell) { m.stopAgent("host2") }, undo: func(m *cell) { m.replaceAgent("host2") },
+		at: []migrate.State{migrate.DestReceiving},
+	},
 	{name: "virsh-migrate", do: (*cell).virshMigrate, at: []migrate.State{migrate.SourceCopying}},
 	{name: "virsh-destroy", do: (*cell).virshDestroy, at: []migrate.State{migrate.SourceCopying}},
 	{name: "virsh-suspend", do: (*cell).virshSuspend, at: []migrate.State{migrate.SourceCopying}},
@@ -152,6 +166,40 @@ func (m *cell) hasEnded(host string) {
 	}, m.point.State)
 }
 
+// stopAgent asks an agent to end, which takes on nothing new from then on.
+func (m *cell) stopAgent(host string) {
+	if err := m.Lab.SignalAgent(m.Context(), host, unix.SIGTERM, false); err != nil {
+		m.T.Fatal(err)
+	}
+	address, err := lab.HostAddress(host)
+	if err != nil {
+		m.T.Fatal(err)
+	}
+	m.Eventually("the agent's port is closed", func() error {
+		conn, err := m.Lab.Dial(m.Context(), host, "tcp", netip.AddrPortFrom(address, lab.AgentPort).String())
+		if errors.Is(err, unix.ECONNREFUSED) {
+			return nil
+		}
+		if err == nil {
+			err = errors.Join(errors.New("it answers"), conn.Close())
+		}
+		return err
+	})
+}
+
+// replaceAgent starts an agent in the place of one that was asked to end, when it
+// has.
+func (m *cell) replaceAgent(host string) {
+	m.Eventually("the agent ends", func() error {
+		runs, err := m.Lab.AgentRuns(host)
+		if runs {
+			err = errors.New("it is there")
+		}
+		return err
+	})
+	m.startDaemon(host, lab.Agent)
+}
+
 // cut parts the hosts for longer than they wait for one another.
 func (m *cell) cut() {
 	if err := m.Lab.Cut("host2"); err != nil {
@@ -174,39 +222,63 @@ func (m *cell) cancel() {
 	}
 }
 
-// resizeMemory gives a host's memory another size, in bytes.
-func (m *cell) resizeMemory(host string, size int64) {
+// resize gives a host's file system another size, in bytes.
+func (m *cell) resize(dir string, size int64) {
 	m.T.Helper()
-	err := unix.Mount("", m.Lab.MemoryDir(host), "", unix.MS_REMOUNT|unix.MS_NOSUID|unix.MS_NODEV, fmt.Sprintf("size=%d", size))
+	err := unix.Mount("", dir, "", unix.MS_REMOUNT|unix.MS_NOSUID|unix.MS_NODEV, fmt.Sprintf("size=%d", size))
 	if err != nil {
 		m.T.Fatal(err)
 	}
 }
 
-// fillMemory leaves next to no room for guest memory on the destination.
-func (m *cell) fillMemory() {
+// fill leaves no more room in a host's file system than this.
+func (m *cell) fill(dir string, room int64) {
+	m.T.Helper()
 	var st unix.Statfs_t
-	if err := unix.Statfs(m.Lab.MemoryDir("host2"), &st); err != nil {
+	if err := unix.Statfs(dir, &st); err != nil {
 		m.T.Fatal(err)
 	}
-	m.resizeMemory("host2", int64(st.Blocks-st.Bfree)*st.Bsize+1<<20)
+	m.resize(dir, int64(st.Blocks-st.Bfree)*st.Bsize+room)
 }
 
-// freeMemory gives the room back once the source has noticed.
-func (m *cell) freeMemory() {
+// free gives the destination its room back once the source has noticed that there
+// was none, and sees that the migration has ended in one of these ways.
+func (m *cell) free(dir string, size int64, want []migrate.Result) {
+	m.T.Helper()
 	report, err := m.Wait("host1", m.id)
-	m.resizeMemory("host2", memoryLimit)
+	m.resize(dir, size)
 	if err != nil {
 		m.T.Fatal(err)
 	}
-	if want := m.withoutRoom(); !slices.Contains(want, report.Result) {
+	if !slices.Contains(want, report.Result) {
 		m.T.Errorf("without room at the destination: %s %s, want it %s", report.Result, report.Error, want)
 	}
 }
 
-// withoutRoom is how a migration may end that finds no room at the destination
+func (m *cell) fillMemory() { m.fill(m.Lab.MemoryDir("host2"), 1<<20) }
+func (m *cell) freeMemory() { m.free(m.Lab.MemoryDir("host2"), memoryLimit, m.withoutMemory()) }
+
+func (m *cell) fillDisk() {
+	m.fill(m.Lab.DiskDir("host2"), 0)
+	m.diskFull = true
+}
+
+func (m *cell) freeDisk() { m.free(m.Lab.DiskDir("host2"), diskLimit, m.withoutDisk()) }
+
+// withoutDisk is how a migration may end that finds the destination's disk full
+// from this state on: the agent has what it must write down laid out before
+// anything is copied, and libvirt's definition can wait.
+func (m *cell) withoutDisk() []migrate.Result {
+	switch m.point.String() {
+	case "source.preparing", "destination.preparing":
+		return []migrate.Result{migrate.Refused}
+	}
+	return []migrate.Result{migrate.Completed}
+}
+
+// withoutMemory is how a migration may end that finds no memory at the destination
 // from this state on.
-func (m *cell) withoutRoom() []migrate.Result {
+func (m *cell) withoutMemory() []migrate.Result {
 	switch m.point.String() {
 	case "source.preparing", "destination.preparing":
 		return []migrate.Result{migrate.Refused}

@@ -1,6 +1,10 @@
 package libvirt
 
 import (
+	"errors"
+	"fmt"
+	"os"
+	"strings"
 	"testing"
 
 	"github.com/lmctl/lmctl/internal/api/lmctlv1"
@@ -63,6 +67,52 @@ func TestBroughtInstead(t *testing.T) {
 	})
 	c.startDaemon("host2", lab.Agent)
 	c.known(g, "host2")
+	c.healthy(g, "host2")
+	c.nothingLeft(g, "host2")
+}
+
+// A guest that libvirt forgets when it cannot write its definition, and whose QEMU
+// runs on, is not made a second time: it is there, as one that cannot be reached,
+// until the next libvirtd finds it again.
+func TestForgotten(t *testing.T) {
+	c := newCluster(t).showing(t)
+	g := c.start(flatSpec("forgotten", domain.Shape{}))
+	defer c.remove(g)
+	inTheWay := c.Lab.Outside("host2", "/etc/libvirt/qemu/"+g.Name+".xml.new")
+	if err := os.MkdirAll(inTheWay, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	c.move(g, "host1", "host2")
+	c.Eventually("the agent says that it cannot be reached", func() error {
+		info, err := c.Guest("host2", g.Name)
+		if err != nil {
+			return err
+		}
+		if info == nil || info.State != "unreachable" || !strings.Contains(info.Runstate, "restart libvirtd") {
+			return fmt.Errorf("it is %v", info)
+		}
+		return nil
+	})
+	if known := c.virsh("host2", "list", "--all", "--name"); strings.Contains(known, g.Name) {
+		t.Errorf("libvirt knows %q", known)
+	}
+	if pids := c.processes(g); len(pids) != 1 {
+		t.Errorf("processes %v of it", pids)
+	}
+	if _, err := c.Clients["host2"].Guests.Start(t.Context(), &lmctlv1.GuestRequest{Name: g.Name}); err == nil {
+		t.Error("it was started beside itself")
+	}
+	if err := os.Remove(inTheWay); err != nil {
+		t.Fatal(err)
+	}
+	c.restartLibvirtd("host2")
+	c.known(g, "host2")
+	c.Eventually("it is defined", func() error {
+		if known := c.virsh("host2", "list", "--persistent", "--name"); !strings.Contains(known, g.Name) {
+			return errors.New("it is not")
+		}
+		return nil
+	})
 	c.healthy(g, "host2")
 	c.nothingLeft(g, "host2")
 }

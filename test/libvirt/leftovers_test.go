@@ -106,7 +106,7 @@ func (c *cluster) traces(g lab.Guest, host string) traces {
 			return err
 		}
 		path = strings.TrimPrefix(path, root)
-		if path == "/libvirt/log" || path == "/state" {
+		if path == "/disk/libvirt/log" || path == "/disk/state" {
 			return fs.SkipDir
 		}
 		halfWritten := strings.HasPrefix(path, "/run/libvirt/") && strings.HasSuffix(path, ".new")
@@ -128,7 +128,7 @@ func (t traces) atRest() traces {
 		switch name, state, is := strings.Cut(trace, " "); {
 		case is && state == "running":
 			left = append(left, name+" shut off")
-		case strings.HasPrefix(trace, "/libvirt/etc/"):
+		case strings.HasPrefix(trace, "/disk/libvirt/etc/"):
 			left = append(left, trace)
 		}
 	}

@@ -92,6 +92,7 @@ type cell struct {
 	ranAtKill bool              // the destination's copy, and its CPUs may have run
 	endedOn   string            // the host it ended on
 	suspended bool              // another hand wanted it to stand still
+	diskFull  bool              // the destination's was, for a time
 }
 
 // ready has a guest run on host1: the one of the cell before, moved back if need
@@ -203,6 +204,10 @@ func (m *cell) settled() (host string) {
 				return err
 			}
 			return errors.New("it stood still, as it was told")
+		case g.State == "unreachable" && m.diskFull && strings.Contains(g.Runstate, "restart libvirtd"):
+			// The disk was full just when libvirt wrote the definition.
+			m.restartLibvirtd(h)
+			return errors.New("libvirt had forgotten it")
 		}
 		return nil
 	}, m.mayHaveEnded)

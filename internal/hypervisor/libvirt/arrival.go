@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"time"
 
 	lv "github.com/digitalocean/go-libvirt"
@@ -22,7 +23,7 @@ import (
 const settleTimeout = time.Minute
 
 // settleIn makes what was a shell a domain like any other: it is defined here if
-// it was at the source.
+// it was at the source. If it cannot be, it is looked at again, and again tried.
 func (g *domain) settleIn(r shellRecord) {
 	ctx, cancel := context.WithTimeout(g.d.ctx, settleTimeout)
 	defer cancel()
@@ -30,9 +31,33 @@ func (g *domain) settleIn(r shellRecord) {
 	for errors.Is(err, errDisconnected) && pause(ctx) == nil {
 		err = g.makeOrdinary(ctx, r) // the next libvirtd knows the domain, and not yet its definition
 	}
-	if err != nil {
-		g.d.log.Error("make the shell an ordinary domain", "guest", g.name, "error", err)
+	if err != nil && g.d.ctx.Err() == nil {
+		g.owe(err)
 	}
+}
+
+// owe notes why a domain that came here could not be made an ordinary one, and has
+// it looked at again: a disk that is full may have room by then, or a name that is
+// taken be free. Until then it runs as one that libvirt has no definition of, which
+// an operator is to know of once.
+func (g *domain) owe(err error) {
+	why, level := err.Error(), slog.LevelDebug
+	g.mu.Lock()
+	if why != g.owed && !errors.Is(err, errDisconnected) {
+		level = slog.LevelError
+	}
+	g.owed = why
+	g.mu.Unlock()
+	g.d.log.Log(context.Background(), level, "a guest that came here cannot be defined; it will be tried again", "guest", g.name, "error", err)
+	g.lookAgain()
+}
+
+// paid notes that a domain that came here is an ordinary one. The mu is held.
+func (g *domain) paid() {
+	if g.owed != "" {
+		g.d.log.Info("a guest that came here is defined after all", "guest", g.name)
+	}
+	g.arriving, g.owed = nil, ""
 }
 
 func (g *domain) makeOrdinary(ctx context.Context, r shellRecord) error {
@@ -43,7 +68,10 @@ func (g *domain) makeOrdinary(ctx context.Context, r shellRecord) error {
 	if err := g.define(ctx, l, r); err != nil {
 		return err
 	}
-	g.tell(func() { g.incoming, g.arriving = false, nil })
+	g.tell(func() {
+		g.incoming = false
+		g.paid()
+	})
 	if err := g.files.remove(); err != nil {
 		return err
 	}
@@ -54,7 +82,9 @@ func (g *domain) makeOrdinary(ctx context.Context, r shellRecord) error {
 func (g *domain) setArriving(r *shellRecord) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	g.arriving = r
+	if g.arriving = r; r == nil {
+		g.owed = ""
+	}
 }
 
 // arrival is the record of a domain that arrives, else nil.
@@ -73,7 +103,9 @@ func (g *domain) define(ctx context.Context, l *link, r shellRecord) error {
 	}
 	dom, known, err := defined(ctx, l, r)
 	if err == nil && !known {
-		dom, err = call(ctx, l, func(l *link) (lv.Domain, error) { return l.DomainDefineXML(r.Persistent) })
+		if err = g.notForgotten(ctx, l); err == nil {
+			dom, err = g.d.defineXML(ctx, l, r.Persistent)
+		}
 	}
 	if err == nil && r.Autostart {
 		err = do(ctx, l, func(l *link) error { return l.DomainSetAutostart(dom, 1) })
@@ -179,7 +211,7 @@ func (g *domain) advance(came *traveller) step {
 			g.incoming = false
 		}
 	case g.state == hypervisor.StateStopped: // and defined
-		g.incoming, g.suspended, g.arriving = false, false, nil
+		g.incoming, g.suspended, g.arriving, g.owed = false, false, nil, ""
 		return forgetFiles
 	case came == nil:
 	case !came.isOf(g.proc, g.state): // another hand's, in the place of an earlier agent's shell
@@ -229,9 +261,11 @@ func (g *domain) lostOnArrival(ctx context.Context, l *link, r shellRecord) erro
 			old, g.proc = g.proc, nil
 			g.state, g.runstate, g.incoming = hypervisor.StateStopped, "", false
 		})
-		g.lookAgain()
-		return errors.Join(err, old.close())
+		g.owe(err)
+		return old.close()
 	}
-	g.setArriving(nil)
+	g.mu.Lock()
+	g.paid()
+	g.mu.Unlock()
 	return g.ask(ctx, l)
 }

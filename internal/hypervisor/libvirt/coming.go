@@ -59,6 +59,7 @@ func (d *Driver) examine(ctx context.Context, l *link, o *offer, x *libvirtxml.D
 	c.Add(storage.Compare(gatherFiles(x), o.Files))
 	d.examineOwnership(x, &c)
 	examineNVRAM(o, x, &c)
+	d.examineDefinitions(o, &c)
 	if err := d.examineNetworks(ctx, l, x, &c); err != nil {
 		return nil, err
 	}

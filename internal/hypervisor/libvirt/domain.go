@@ -51,7 +51,8 @@ type domain struct {
 	// arriving is of one that was told to run here, and perhaps did, but is not
 	// defined here yet (see arrival.go); else nil.
 	arriving *shellRecord
-	again    time.Duration // before the next look, while it has no process
+	owed     string        // why it could not be defined when that was tried last
+	again    time.Duration // before the next look, while it has no process or is owed
 }
 
 // files are a domain's on this host.

@@ -156,6 +156,12 @@ func (d *Driver) all() []*domain {
 // that there are.
 func (d *Driver) Connected() bool { return d.conn.alive() }
 
+// AwaitConnection waits until libvirtd can be asked.
+func (d *Driver) AwaitConnection(ctx context.Context) error {
+	_, err := d.conn.await(ctx)
+	return err
+}
+
 // List describes all domains of this host, by name.
 func (d *Driver) List() []hypervisor.Info {
 	var infos []hypervisor.Info

@@ -33,7 +33,7 @@ func (d *Driver) Define(text []byte) (hypervisor.Info, error) {
 			return hypervisor.Info{}, fmt.Errorf("define guest %s: %w", name, hypervisor.ErrExists)
 		}
 	}
-	dom, err := call(ctx, l, func(l *link) (lv.Domain, error) { return l.DomainDefineXML(string(text)) })
+	dom, err := d.defineXML(ctx, l, string(text))
 	if err != nil {
 		return hypervisor.Info{}, fmt.Errorf("define guest %s: %w", name, err)
 	}

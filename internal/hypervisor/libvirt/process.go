@@ -100,6 +100,13 @@ func (p *process) watch(ctx context.Context) {
 	close(p.ended)
 }
 
+// dead says whether the process runs no more: it has ended, or is about to. One of
+// which that cannot be told may run.
+func (p *process) dead() bool {
+	over, err := sys.PidfdOver(p.pid, p.pidfd)
+	return err == nil && over
+}
+
 // duplicate is a pidfd of the caller's own.
 func (p *process) duplicate() (int, error) {
 	fd, err := unix.FcntlInt(uintptr(p.pidfd), unix.F_DUPFD_CLOEXEC, 3)

@@ -235,7 +235,7 @@ func (s *Shell) run(ctx context.Context) error {
 	if s.ran && s.g.runs() {
 		return nil
 	}
-	if s.proc != nil && s.lost() { // else libvirt's error may not say so
+	if s.proc != nil && s.proc.dead() { // else libvirt's error may not say so
 		return notStarted(errors.New("its QEMU has ended"))
 	}
 	// The mark is for the next agent, should this one die now.

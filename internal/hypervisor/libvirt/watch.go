@@ -192,6 +192,8 @@ func (g *domain) look(ctx context.Context, l *link) error {
 	switch {
 	case held:
 		return nil // libvirt is yet to make it, or who holds the shell deals with its end
+	case g.lives():
+		return g.forgotten()
 	case r != nil && r.Persistent != "":
 		return g.lostOnArrival(ctx, l, *r)
 	}
@@ -272,7 +274,7 @@ func (g *domain) seen(f facts, state hypervisor.State, word string) error {
 		if active {
 			g.end = nil
 		}
-		if proc != nil {
+		if proc != nil && g.owed == "" {
 			g.again = 0
 		}
 		next = g.advance(came)
@@ -316,16 +318,16 @@ func (g *domain) processNow(old *process, active bool) (*process, error) {
 	return proc, err
 }
 
-// The pauses between two looks at a domain without a process: it is about to be
-// forgotten, or its PID cannot be found out.
+// The pauses between two looks at a domain without a process, which is about to be
+// forgotten, or its PID cannot be found out; or at one that cannot be defined yet.
 const (
 	againFirst = 500 * time.Millisecond
 	againLast  = 30 * time.Second
 )
 
-// lookAgain looks at a domain until libvirt and its process agree. A libvirtd that
-// starts, and finds that a domain's QEMU has ended meanwhile, forgets a transient
-// domain without an event.
+// lookAgain looks at a domain until libvirt and its process agree, and nothing is
+// owed to it. A libvirtd that starts, and finds that a domain's QEMU has ended
+// meanwhile, forgets a transient domain without an event.
 func (g *domain) lookAgain() {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -346,18 +348,22 @@ func (g *domain) lookAgain() {
 		l, err := g.d.conn.await(g.d.ctx)
 		g.mu.Lock()
 		g.awaited = false
-		gone := g.gone
+		gone, owed := g.gone, g.owed != ""
 		g.mu.Unlock()
 		if err == nil && !gone {
 			ctx, cancel := context.WithTimeout(g.d.ctx, lookTimeout)
 			defer cancel()
 			err = g.look(ctx, l)
 		}
-		if err != nil && g.d.ctx.Err() == nil {
-			g.d.log.Debug("look at a domain without a process", "guest", g.name, "error", err)
-			if !errors.Is(err, errDisconnected) { // else it is looked at when there is a connection
-				g.lookAgain()
-			}
+		if g.d.ctx.Err() != nil {
+			return
+		}
+		if err != nil {
+			g.d.log.Debug("look at a domain again", "guest", g.name, "error", err)
+		}
+		// Without a connection it is looked at when there is one.
+		if (err != nil || owed) && !errors.Is(err, errDisconnected) {
+			g.lookAgain()
 		}
 	})
 }

@@ -148,6 +148,19 @@ func (p *process) wait(ctx context.Context) {
 	close(p.done)
 }
 
+// dead says whether the process runs no more: it has ended, or is about to. One of
+// which that cannot be told may run.
+func (p *process) dead() (dead bool) {
+	raw, err := p.pidfd.SyscallConn()
+	if err != nil {
+		return false
+	}
+	if cerr := raw.Control(func(fd uintptr) { dead, err = sys.PidfdOver(p.id.PID, int(fd)) }); cerr != nil {
+		err = cerr
+	}
+	return err == nil && dead
+}
+
 // exitOf finds out how an ended process ended: by reaping it if it is a child
 // of ours, from the zombie if its parent has not yet taken notice, and from
 // the pidfd (Linux 6.15) if it is gone.

@@ -58,6 +58,9 @@ func (s *Shell) startCPUs(ctx context.Context) error {
 			return err
 		}
 	}
+	if !s.mayHaveRun && s.inst.proc.dead() { // else QEMU's silence would not say so
+		return s.unplug(errors.New("its QEMU has ended"))
+	}
 	// The mark is for the next agent, should this one die now. It need not
 	// outlive the host, as QEMU does not.
 	if err := os.WriteFile(s.v.files.resumed(), nil, 0o600); err != nil {
