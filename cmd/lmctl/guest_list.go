@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -188,8 +189,11 @@ func (o *options) printGuest(g *lmctlv1.Guest) error {
 
 // stateWords is a guest's state, with what its hypervisor adds to that.
 func stateWords(state, runstate string) string {
-	if runstate == "" || runstate == state {
+	switch {
+	case runstate == "" || runstate == state:
 		return state
+	case strings.HasPrefix(runstate, state+" "):
+		return runstate
 	}
 	return state + " (" + runstate + ")"
 }

@@ -146,6 +146,9 @@ func (s *settler) ownCrashed(ctx context.Context, r ledger.Record, g *openGuest)
 	return s.a.ledger.Own(ctx, *r.Handover)
 }
 
+// errNotKept says that nobody here has a guest's definition.
+var errNotKept = errors.New("its definition was not kept")
+
 // restoreDefinition defines a guest again that the driver has forgotten
 // together with its shell.
 func (s *settler) restoreDefinition(guest string) error {
@@ -159,7 +162,7 @@ func (s *settler) restoreDefinition(guest string) error {
 		ok = err == nil && of == uuid
 	}
 	if !ok {
-		return fmt.Errorf("agent: guest %s is not defined on this host and its definition was not kept: `lmctl guest define` it again, with UUID %s", guest, uuid)
+		return fmt.Errorf("agent: guest %s is not defined on this host and %w: `lmctl guest define` it again, with UUID %s", guest, errNotKept, uuid)
 	}
 	_, err := s.a.driver.Define(text)
 	return err

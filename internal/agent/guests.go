@@ -197,7 +197,8 @@ func (s *guestService) show(name string) (*lmctlv1.Guest, error) {
 	}
 	g := s.toWire(info)
 	if err == nil {
-		if g.Definition, err = s.a.driver.Definition(name); err != nil {
+		// One that its hypervisor has forgotten has none that can be had.
+		if g.Definition, err = s.a.driver.Definition(name); err != nil && !errors.Is(err, hypervisor.ErrNotFound) {
 			return nil, err
 		}
 	}

@@ -51,6 +51,7 @@ func (in *inbound) serve(ctx context.Context, conn net.Conn, host string) {
 	}
 	for _, guest := range in.ended() {
 		in.a.know(in.a.life, guest) // another hand may have brought it meanwhile
+		in.a.settler.forgetDefinition(guest)
 		in.a.settler.kick(guest)
 	}
 }
@@ -204,11 +205,14 @@ func writeDurably(path string, text []byte) (err error) {
 	return errors.Join(dir.Sync(), dir.Close())
 }
 
-// forget removes a definition that is not needed any more. It is called before
-// guests can come in: a later one would be the next migration's.
+// forget removes a definition that is not needed any more. It is not called of a
+// guest that comes in: that one's would be lost.
 func (d *definitions) forget(guest string) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	if _, kept := d.text[guest]; !kept {
+		return nil
+	}
 	delete(d.text, guest)
 	if err := os.Remove(filepath.Join(d.dir, guest+keptSuffix)); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("agent: %w", err)

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"syscall"
 	"testing"
+	"time"
 
 	"google.golang.org/grpc/codes"
 
@@ -120,12 +121,9 @@ func TestWaysOut(t *testing.T) {
 	})
 }
 
-// TestDefinitionWaitsForHypervisor: an agent that comes back before its hypervisor
-// defines a guest of its own again, which was lost with its shell, once that can be
-// asked, and then forgets the definition.
-func TestDefinitionWaitsForHypervisor(t *testing.T) {
-	s := newSite(t, "alpha", "beta")
-	cfg := s.config("alpha")
+// arrived is rebooted with a guest that this host owns.
+func arrived(t *testing.T, cfg Config) migrate.Handover {
+	t.Helper()
 	h := rebooted(t, cfg, true)
 	l, err := ledger.Open(filepath.Join(cfg.StateDir, "ledger"), cfg.Name, "before", slog.New(slog.DiscardHandler))
 	if err != nil {
@@ -134,6 +132,57 @@ func TestDefinitionWaitsForHypervisor(t *testing.T) {
 	if err := errors.Join(l.Own(t.Context(), h), l.Close()); err != nil {
 		t.Fatal(err)
 	}
+	return h
+}
+
+// TestDefinitionKeptUntilArrived: the definition of a guest that came here is kept
+// as long as its hypervisor has none of it, and no longer: one that another hand
+// removes while there is no agent is not brought back.
+func TestDefinitionKeptUntilArrived(t *testing.T) {
+	s := newSite(t, "alpha", "beta")
+	cfg := s.config("alpha")
+	h := arrived(t, cfg)
+	d := newFake()
+	d.seen = make(chan hypervisor.Info)
+	d.set("g", func(i *hypervisor.Info) {
+		i.UUID, i.State, i.PID, i.Arriving = h.UUID, hypervisor.StateRunning, 1, true
+	})
+	a := s.agent(cfg, d)
+	s.serve(a)
+	kept := func() bool {
+		_, kept := a.kept.get("g")
+		return kept
+	}
+	seen := func() {
+		t.Helper()
+		info, err := d.Get("g")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for range 3 { // when the third is taken, the first has been acted on
+			select {
+			case d.seen <- info:
+			case <-time.After(time.Minute):
+				t.Fatal("nobody watches")
+			}
+		}
+	}
+	if seen(); !kept() {
+		t.Error("its definition was forgotten while its hypervisor had none")
+	}
+	d.set("g", func(i *hypervisor.Info) { i.Arriving = false })
+	if seen(); kept() {
+		t.Error("its definition is kept though it is a guest like any other")
+	}
+}
+
+// TestDefinitionWaitsForHypervisor: an agent that comes back before its hypervisor
+// defines a guest of its own again, which was lost with its shell, once that can be
+// asked, and then forgets the definition.
+func TestDefinitionWaitsForHypervisor(t *testing.T) {
+	s := newSite(t, "alpha", "beta")
+	cfg := s.config("alpha")
+	h := arrived(t, cfg)
 	d := newFake()
 	d.met = make(chan struct{})
 	a := s.agent(cfg, d)

@@ -68,60 +68,88 @@ func (s *settler) begin(ctx context.Context) {
 	for _, info := range s.a.driver.List() {
 		names[info.Name] = true
 	}
-	met := s.a.connected()
-	if met {
-		s.restoreDefinitions()
-	}
+	restored := s.a.connected() && s.restoreDefinitions(ctx)
 	for name := range names {
 		d := s.settle(ctx, name, nil)
 		s.a.log.Debug("guest looked at", "guest", name, "action", d.Action, "reason", d.Reason)
 	}
 	s.forgetDefinitions()
-	if !met {
-		s.a.wg.Go(func() { s.meet(s.a.life) })
+	if !restored {
+		s.a.wg.Go(func() { s.restoreLater(s.a.life) })
 	}
 }
 
-// meet does what had to wait until the hypervisor can be asked which guests it has,
-// when the agent came up before it.
-func (s *settler) meet(ctx context.Context) {
-	if s.a.awaitConnection(ctx) != nil {
-		return // the agent ends
+// The pauses between two attempts to define guests again.
+const (
+	restoreFirst = 500 * time.Millisecond
+	restoreLast  = 30 * time.Second
+)
+
+// restoreLater defines guests again as soon as that is possible, when the agent came
+// up before its hypervisor, or that could not do it.
+func (s *settler) restoreLater(ctx context.Context) {
+	for pause := restoreFirst; s.a.awaitConnection(ctx) == nil; pause = min(2*pause, restoreLast) {
+		s.a.knowAll(ctx)
+		done := s.restoreDefinitions(ctx)
+		s.forgetDefinitions()
+		if done {
+			return
+		}
+		timer := time.NewTimer(pause)
+		select {
+		case <-timer.C:
+		case <-ctx.Done():
+			timer.Stop()
+			return
+		}
 	}
-	s.a.knowAll(ctx)
-	s.restoreDefinitions()
-	s.forgetDefinitions()
 }
 
 // restoreDefinitions defines the guests of this host again that the driver has
-// forgotten.
-func (s *settler) restoreDefinitions() {
+// forgotten, and says whether nothing is left to be tried.
+func (s *settler) restoreDefinitions(ctx context.Context) (done bool) {
+	done = true
 	for _, r := range s.a.ledger.List() {
 		if s.a.ledger.Owns(r.Guest) != nil {
 			continue
 		}
+		if ctx.Err() != nil {
+			return false
+		}
 		if err := s.restoreDefinition(r.Guest); err != nil {
 			s.a.log.Error("a guest of this host cannot be defined again", "guest", r.Guest, "error", err)
+			done = done && errors.Is(err, errNotKept)
 		}
 	}
+	return done
 }
 
 // forgetDefinitions removes the definitions of guests that came here and are
 // like any others now, or did not come.
 func (s *settler) forgetDefinitions() {
 	for _, name := range s.a.kept.names() {
-		switch s.a.ledger.Get(name).State {
-		case ledger.None, ledger.Gone:
-		case ledger.Owned:
-			if info, err := s.a.driver.Get(name); err != nil || info.State == hypervisor.StateIncoming || info.State == hypervisor.StateUnreachable {
-				continue // it may yet be lost with its shell
-			}
-		default:
-			continue
+		s.forgetDefinition(name)
+	}
+}
+
+// forgetDefinition removes a definition that is not needed any more, so that a guest
+// that another hand removes is not brought back.
+func (s *settler) forgetDefinition(name string) {
+	if s.a.inbound.busy(name) {
+		return // it comes here
+	}
+	switch s.a.ledger.Get(name).State {
+	case ledger.None, ledger.Gone:
+	case ledger.Owned:
+		info, err := s.a.driver.Get(name)
+		if err != nil || info.Arriving || info.State == hypervisor.StateIncoming || info.State == hypervisor.StateUnreachable {
+			return // it may yet be lost
 		}
-		if err := s.a.kept.forget(name); err != nil {
-			s.a.log.Warn("a definition that is not needed any more stays", "guest", name, "error", err)
-		}
+	default:
+		return
+	}
+	if err := s.a.kept.forget(name); err != nil {
+		s.a.log.Warn("a definition that is not needed any more stays", "guest", name, "error", err)
 	}
 }
 
@@ -145,6 +173,7 @@ func (s *settler) follow(ctx context.Context) {
 	unreachable := make(map[string]bool)
 	for info := range s.a.driver.Watch(ctx) {
 		s.a.know(ctx, info.Name)
+		s.forgetDefinition(info.Name)
 		was := unreachable[info.Name]
 		unreachable[info.Name] = info.State == hypervisor.StateUnreachable
 		switch {

@@ -24,6 +24,10 @@ type Info struct {
 	// Suspended says that a migration of this guest was begun and neither
 	// undone nor completed: Driver.Source, then Resume or Release.
 	Suspended bool
+	// Arriving says that the guest has come here and is not yet one like any
+	// other: what is known of it beside its process is not the hypervisor's to keep
+	// yet.
+	Arriving bool
 	// Mode is the one in which the guest would migrate, empty if in none, and
 	// ModeReason says why, in a sentence.
 	Mode        string

@@ -83,24 +83,38 @@ func TestForgotten(t *testing.T) {
 		t.Fatal(err)
 	}
 	c.move(g, "host1", "host2")
-	c.Eventually("the agent says that it cannot be reached", func() error {
-		info, err := c.Guest("host2", g.Name)
-		if err != nil {
-			return err
+	here := c.Clients["host2"].Guests
+	unreachable := func() error {
+		info, err := here.Show(c.T.Context(), &lmctlv1.GuestRequest{Name: g.Name})
+		if err == nil && (info.State != "unreachable" || !strings.Contains(info.Runstate, "restart libvirtd")) {
+			err = fmt.Errorf("it is %v", info)
 		}
-		if info == nil || info.State != "unreachable" || !strings.Contains(info.Runstate, "restart libvirtd") {
-			return fmt.Errorf("it is %v", info)
-		}
-		return nil
-	})
+		return err
+	}
+	c.Eventually("the agent says that it cannot be reached", unreachable)
+	info, err := here.Show(t.Context(), &lmctlv1.GuestRequest{Name: g.Name})
+	if err != nil || len(info.Definition) == 0 {
+		t.Errorf("its definition: %v, %v", info, err)
+	}
+	// The next agent knows no more than libvirt does, but for what this one wrote.
+	if err := c.Lab.KillAgent(c.Context(), "host2"); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Lab.StartAgent(c.Context(), "host2"); err != nil {
+		t.Fatal(err)
+	}
+	c.Eventually("the next agent says so, too", unreachable)
+	if _, err := here.Define(t.Context(), &lmctlv1.DefineRequest{Definition: info.GetDefinition()}); err == nil {
+		t.Error("it was defined beside itself")
+	}
+	if _, err := here.Start(t.Context(), &lmctlv1.GuestRequest{Name: g.Name}); err == nil {
+		t.Error("it was started beside itself")
+	}
 	if known := c.virsh("host2", "list", "--all", "--name"); strings.Contains(known, g.Name) {
 		t.Errorf("libvirt knows %q", known)
 	}
 	if pids := c.processes(g); len(pids) != 1 {
 		t.Errorf("processes %v of it", pids)
-	}
-	if _, err := c.Clients["host2"].Guests.Start(t.Context(), &lmctlv1.GuestRequest{Name: g.Name}); err == nil {
-		t.Error("it was started beside itself")
 	}
 	if err := os.Remove(inTheWay); err != nil {
 		t.Fatal(err)

@@ -43,6 +43,11 @@ func (g *domain) settleIn(r shellRecord) {
 func (g *domain) owe(err error) {
 	why, level := err.Error(), slog.LevelDebug
 	g.mu.Lock()
+	if g.arriving == nil { // it is defined, or it was somebody else's word that it need not be
+		g.mu.Unlock()
+		g.d.log.Error("look at a guest that came here", "guest", g.name, "error", err)
+		return
+	}
 	if why != g.owed && !errors.Is(err, errDisconnected) {
 		level = slog.LevelError
 	}
@@ -103,9 +108,7 @@ func (g *domain) define(ctx context.Context, l *link, r shellRecord) error {
 	}
 	dom, known, err := defined(ctx, l, r)
 	if err == nil && !known {
-		if err = g.notForgotten(ctx, l); err == nil {
-			dom, err = g.d.defineXML(ctx, l, r.Persistent)
-		}
+		dom, err = g.d.defineXML(ctx, l, r.Name, r.UUID, r.Persistent)
 	}
 	if err == nil && r.Autostart {
 		err = do(ctx, l, func(l *link) error { return l.DomainSetAutostart(dom, 1) })
@@ -215,7 +218,7 @@ func (g *domain) advance(came *traveller) step {
 		return forgetFiles
 	case came == nil:
 	case !came.isOf(g.proc, g.state): // another hand's, in the place of an earlier agent's shell
-		g.incoming = false
+		g.incoming, g.arriving, g.owed = false, nil, ""
 		return forgetFiles
 	case g.state == hypervisor.StateRunning && came.told:
 		g.incoming = false

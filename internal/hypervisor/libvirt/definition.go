@@ -5,24 +5,33 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"os"
 	"path/filepath"
 
 	lv "github.com/digitalocean/go-libvirt"
+	"github.com/google/uuid"
 	"golang.org/x/sys/unix"
 
 	"github.com/lmctl/lmctl/internal/hypervisor"
 )
+
+// A domain that runs and has no definition, as one that has just come here, is
+// forgotten by libvirt when that cannot write the definition it is given, while
+// its QEMU goes on (seen with 9.0 and a full disk). Once forgotten, the domain
+// could be defined and started a second time. So libvirt is not asked where there
+// is next to no room, and nothing is defined or started of which a QEMU runs that
+// libvirt does not know.
 
 // definitionRoom is how many bytes are to be free where libvirt writes a
 // definition: many times what one takes, so that somebody else who writes at the
 // same time does not take it all.
 const definitionRoom = 1 << 20
 
-// defineXML has libvirt define a domain. That must not fail for want of room while
-// the domain runs: libvirt, which cannot write the definition of a domain that had
-// none, then forgets the domain, while its QEMU goes on (seen with 9.0 and a full
-// disk). So it is not asked where there is next to none.
-func (d *Driver) defineXML(ctx context.Context, l *link, text string) (lv.Domain, error) {
+// defineXML has libvirt define a domain.
+func (d *Driver) defineXML(ctx context.Context, l *link, name, id, text string) (lv.Domain, error) {
+	if err := d.notForgotten(ctx, l, name, id); err != nil {
+		return lv.Domain{}, err
+	}
 	if err := roomToDefine(d.definitions()); err != nil {
 		return lv.Domain{}, err
 	}
@@ -33,7 +42,8 @@ func (d *Driver) defineXML(ctx context.Context, l *link, text string) (lv.Domain
 func (d *Driver) definitions() string { return filepath.Join(filepath.Dir(d.cfg.QEMUConf), "qemu") }
 
 // roomToDefine says why libvirt could not write a definition in a folder, which it
-// makes if need be.
+// makes if need be. Whether it may write there at all this process cannot tell: it
+// may see the file system read-only, when libvirt does not.
 func roomToDefine(dir string) error {
 	var st unix.Statfs_t
 	err := unix.Statfs(dir, &st)
@@ -41,14 +51,11 @@ func roomToDefine(dir string) error {
 		dir = filepath.Dir(dir)
 		err = unix.Statfs(dir, &st)
 	}
-	free := int64(st.Bavail) * st.Bsize
 	switch {
 	case err != nil:
 		return fmt.Errorf("where libvirt keeps definitions: %s: %w", dir, err)
-	case st.Flags&unix.ST_RDONLY != 0:
-		return fmt.Errorf("%s, where libvirt keeps definitions: %w", dir, unix.EROFS)
-	case free < definitionRoom || st.Files > 0 && st.Ffree == 0:
-		return fmt.Errorf("%s, where libvirt keeps definitions, has %d bytes and %d files free: %w", dir, free, st.Ffree, unix.ENOSPC)
+	case int64(st.Bavail)*st.Bsize < definitionRoom || st.Files > 0 && st.Ffree == 0:
+		return fmt.Errorf("%s, where libvirt keeps definitions, is full: %w", dir, unix.ENOSPC)
 	}
 	return nil
 }
@@ -59,40 +66,48 @@ func (d *Driver) examineDefinitions(o *offer, c *hypervisor.Checks) {
 		return
 	}
 	if err := roomToDefine(d.definitions()); err != nil {
-		c.Fail("definition", err.Error(), "let libvirt write there: the guest is to be defined on this host")
+		c.Fail("definition", err.Error(), "make room there: the guest is to be defined on this host")
 	} else {
 		c.Pass("definition", "%s has room for it", d.definitions())
 	}
 }
 
-// errForgotten says that libvirt knows a domain no more whose QEMU runs. To define
-// it would make another one of it, which could be started beside.
+// errForgotten says that libvirt knows a domain no more whose QEMU runs.
 var errForgotten = errors.New(forgottenWord)
 
 const forgottenWord = "libvirt has forgotten it, and its QEMU runs on: restart libvirtd, which finds it again"
 
+// notForgotten is errForgotten of a domain that libvirt does not know, or knows
+// only as one that does not run, and whose QEMU runs. One without a UUID is new.
+func (d *Driver) notForgotten(ctx context.Context, l *link, name, id string) error {
+	if id == "" {
+		return nil
+	}
+	p, err := d.findProcess(name, id)
+	if err != nil {
+		return noneIsFine(err)
+	}
+	defer func() { _ = p.close() }() // it was only looked at
+	active, err := call(ctx, l, func(l *link) (int32, error) {
+		return l.DomainIsActive(lv.Domain{Name: name, UUID: lv.UUID(uuid.MustParse(id)), ID: -1})
+	})
+	if err == nil && active == 0 || isCode(err, lv.ErrNoDomain) {
+		return errForgotten
+	}
+	return err
+}
+
 // lives says whether the domain's QEMU does, which libvirt may not know.
 func (g *domain) lives() bool {
 	g.mu.Lock()
-	defer g.mu.Unlock()
-	return g.proc != nil && !g.proc.dead()
-}
-
-// notForgotten is errForgotten, or nil.
-func (g *domain) notForgotten(ctx context.Context, l *link) error {
-	_, err := call(ctx, l, func(l *link) (lv.Domain, error) { return l.DomainLookupByUUID(g.ref().UUID) })
-	switch {
-	case !isCode(err, lv.ErrNoDomain):
-		return err
-	case g.lives():
-		return errForgotten
-	}
-	return nil
+	proc := g.proc
+	g.mu.Unlock()
+	return proc != nil && !proc.dead()
 }
 
 // forgotten is for a domain that libvirt knows no more, and whose QEMU runs: it
 // stays among the others, as one that cannot be reached.
-func (g *domain) forgotten() error {
+func (g *domain) forgotten() {
 	g.mu.Lock()
 	known := g.lost && g.runstate == forgottenWord
 	g.mu.Unlock()
@@ -101,5 +116,47 @@ func (g *domain) forgotten() error {
 		g.tell(func() { g.lost, g.runstate = true, forgottenWord })
 	}
 	g.lookAgain()
+}
+
+// recall makes domains that libvirt has forgotten, by what an earlier agent wrote of
+// them when they had just come: a look at them finds the rest.
+func (d *Driver) recall() error {
+	entries, err := os.ReadDir(d.travels())
+	if err != nil {
+		return fmt.Errorf("libvirt: %w", err)
+	}
+	known := make(map[string]bool)
+	for _, g := range d.all() {
+		known[g.uuid] = true
+	}
+	var errs []error
+	for _, e := range entries {
+		if !known[e.Name()] {
+			errs = append(errs, d.recallOne(e.Name()))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func (d *Driver) recallOne(id string) error {
+	var r shellRecord
+	f := d.filesOf(id)
+	if !there(f.resumed()) || read(f.shell(), &r) != nil || r.UUID != id {
+		return nil // nobody can go on with that
+	}
+	p, err := d.findProcess(r.Name, id)
+	if err != nil {
+		return noneIsFine(err)
+	}
+	g := d.of(lv.Domain{Name: r.Name, UUID: lv.UUID(uuid.MustParse(id))})
+	g.tell(func() { g.state, g.proc, g.arriving, g.brought = hypervisor.StateRunning, p, &r, r.Cards })
 	return nil
+}
+
+// noneIsFine is the error of findProcess, unless it says that there is no process.
+func noneIsFine(err error) error {
+	if errors.Is(err, errNoProcess) || errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH) {
+		return nil
+	}
+	return err
 }

@@ -63,9 +63,10 @@ func (f files) shell() string      { return filepath.Join(f.dir, "shell.json") }
 func (f files) resumed() string    { return filepath.Join(f.dir, "resumed") }
 func (f files) stream() string     { return filepath.Join(f.dir, "stream") }
 
-func (d *Driver) filesOf(id string) files {
-	return files{filepath.Join(d.cfg.RunDir, "libvirt", id)}
-}
+// travels is the folder with the files of all domains, by UUID.
+func (d *Driver) travels() string { return filepath.Join(d.cfg.RunDir, "libvirt") }
+
+func (d *Driver) filesOf(id string) files { return files{filepath.Join(d.travels(), id)} }
 
 // newDomain is one of which nothing is known before the first look but what our
 // own migrations have left of it on disk.
@@ -132,7 +133,7 @@ func (g *domain) info() hypervisor.Info {
 		Name: g.name, UUID: g.uuid, State: g.stateNow(), Busy: g.busy, Runstate: g.runstate,
 		Memory: g.facts.memory, VCPUs: g.facts.vcpus, Bridges: g.facts.bridges,
 		Machine: g.facts.machine, Accelerator: g.facts.accelerator, CPU: g.facts.cpu,
-		Started: g.started, Suspended: g.suspended, LogPath: filepath.Join("/var/log/libvirt/qemu", g.name+".log"),
+		Started: g.started, Suspended: g.suspended, Arriving: g.arriving != nil, LogPath: filepath.Join("/var/log/libvirt/qemu", g.name+".log"),
 		ConsolePath: g.facts.console,
 	}
 	if g.proc != nil {

@@ -33,7 +33,7 @@ func (d *Driver) Define(text []byte) (hypervisor.Info, error) {
 			return hypervisor.Info{}, fmt.Errorf("define guest %s: %w", name, hypervisor.ErrExists)
 		}
 	}
-	dom, err := d.defineXML(ctx, l, string(text))
+	dom, err := d.defineXML(ctx, l, name, id, string(text))
 	if err != nil {
 		return hypervisor.Info{}, fmt.Errorf("define guest %s: %w", name, err)
 	}
@@ -88,11 +88,14 @@ func orGone(err error) error {
 	return err
 }
 
-// expected is the definition of a domain that is on its way here: libvirt's own
-// of it ends with its process.
+// expected is the definition of a domain that is on its way here, or not defined
+// here yet: libvirt's own of it ends with its process.
 func (g *domain) expected() (string, bool) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	if g.arriving != nil && g.arriving.Persistent != "" {
+		return g.arriving.Persistent, true
+	}
 	if g.shell == nil {
 		return "", false
 	}
@@ -156,7 +159,12 @@ func (d *Driver) Undefine(name string) error {
 
 // Start starts a defined domain.
 func (d *Driver) Start(ctx context.Context, name string) error {
-	return d.operate(ctx, name, "start", func(l *link, g *domain) error { return l.DomainCreate(g.ref()) }, hypervisor.StateStopped)
+	return d.operate(ctx, name, "start", func(l *link, g *domain) error {
+		if err := d.notForgotten(ctx, l, g.name, g.uuid); err != nil {
+			return err
+		}
+		return l.DomainCreate(g.ref())
+	}, hypervisor.StateStopped)
 }
 
 // Destroy ends a domain at once.

@@ -103,6 +103,11 @@ func (p *process) watch(ctx context.Context) {
 // dead says whether the process runs no more: it has ended, or is about to. One of
 // which that cannot be told may run.
 func (p *process) dead() bool {
+	select {
+	case <-p.ended: // and closed, perhaps
+		return true
+	default:
+	}
 	over, err := sys.PidfdOver(p.pid, p.pidfd)
 	return err == nil && over
 }

@@ -116,7 +116,7 @@ func (f files) remove() error {
 // sweep takes up what an earlier agent left of its migrations, and removes what
 // belongs to no domain any more.
 func (d *Driver) sweep() error {
-	parent := filepath.Join(d.cfg.RunDir, "libvirt")
+	parent := d.travels()
 	entries, err := os.ReadDir(parent)
 	if err != nil {
 		return fmt.Errorf("libvirt: %w", err)

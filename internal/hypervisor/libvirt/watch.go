@@ -57,6 +57,11 @@ func (d *Driver) meet(l *link) error {
 			d.log.Warn("have a domain on its way here leave its disks", "guest", dom.Name, "error", err)
 		}
 	}
+	if !d.swept {
+		if err := d.recall(); err != nil {
+			d.log.Error("what libvirt may have forgotten", "error", err)
+		}
+	}
 	for _, g := range d.all() {
 		if there[g] {
 			continue
@@ -193,7 +198,8 @@ func (g *domain) look(ctx context.Context, l *link) error {
 	case held:
 		return nil // libvirt is yet to make it, or who holds the shell deals with its end
 	case g.lives():
-		return g.forgotten()
+		g.forgotten()
+		return nil
 	case r != nil && r.Persistent != "":
 		return g.lostOnArrival(ctx, l, *r)
 	}
@@ -337,11 +343,16 @@ func (g *domain) lookAgain() {
 	g.awaited = true
 	wait := max(g.again, againFirst)
 	g.again = min(2*wait, againLast)
+	var ended chan struct{}
+	if g.lost && g.proc != nil { // libvirt will not say when it ends
+		ended = g.proc.ended
+	}
 	g.d.wg.Go(func() {
 		timer := time.NewTimer(wait)
 		defer timer.Stop()
 		select {
 		case <-timer.C:
+		case <-ended:
 		case <-g.d.ctx.Done():
 			return
 		}

@@ -151,6 +151,11 @@ func (p *process) wait(ctx context.Context) {
 // dead says whether the process runs no more: it has ended, or is about to. One of
 // which that cannot be told may run.
 func (p *process) dead() (dead bool) {
+	select {
+	case <-p.done: // and closed, perhaps
+		return true
+	default:
+	}
 	raw, err := p.pidfd.SyscallConn()
 	if err != nil {
 		return false

@@ -67,7 +67,7 @@ func (v *vm) info() hypervisor.Info {
 		Name: v.def.Name, UUID: v.def.UUID, State: v.state, Busy: v.busy, Runstate: v.runstate,
 		Memory: int64(v.def.Memory), VCPUs: v.def.VCPUs, Bridges: v.def.bridges(),
 		Mode: "direct", ModeReason: "its memory is one shared file", LogPath: v.files.log(), ConsolePath: v.files.console(),
-		ConsoleLog: v.files.consoleLog(), Observer: v.files.observer(),
+		ConsoleLog: v.files.consoleLog(), Observer: v.files.observer(), Arriving: v.rec.Incoming,
 	}
 	if v.inst != nil {
 		i.PID = v.inst.proc.id.PID

@@ -102,7 +102,7 @@ func (here Facts) name() string {
 
 // grows says whether the file becomes larger as the guest writes, as images of
 // other formats than raw do: it may have done so since the source looked.
-func (here Facts) grows() bool { return !here.Block && here.Format != "raw" }
+func (here Facts) grows() bool { return !here.Block && here.Format != "" && here.Format != "raw" }
 
 // kindOfFile says what a file is.
 func kindOfFile(f Facts) string {
