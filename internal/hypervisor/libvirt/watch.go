@@ -343,10 +343,7 @@ func (g *domain) lookAgain() {
 	g.awaited = true
 	wait := max(g.again, againFirst)
 	g.again = min(2*wait, againLast)
-	var ended chan struct{}
-	if g.lost && g.proc != nil { // libvirt will not say when it ends
-		ended = g.proc.ended
-	}
+	ended := g.endUnknown()
 	g.d.wg.Go(func() {
 		timer := time.NewTimer(wait)
 		defer timer.Stop()
@@ -377,6 +374,20 @@ func (g *domain) lookAgain() {
 			g.lookAgain()
 		}
 	})
+}
+
+// endUnknown is closed when a domain's process ends that libvirt cannot or will not
+// tell of; nil if it has ended, or libvirt will. The mu is held.
+func (g *domain) endUnknown() <-chan struct{} {
+	if !g.lost || g.proc == nil {
+		return nil
+	}
+	select {
+	case <-g.proc.ended:
+		return nil
+	default:
+		return g.proc.ended
+	}
 }
 
 // vanished notes that libvirt knows the domain no more.
