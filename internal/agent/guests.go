@@ -232,6 +232,7 @@ func (s *guestService) Claim(ctx context.Context, in *lmctlv1.ClaimRequest) (*lm
 	if err := s.a.settler.claim(ctx, in.GetName(), in.GetForce()); err != nil {
 		return nil, err
 	}
+	s.a.settler.forgetDefinition(in.GetName())
 	return s.show(in.GetName())
 }
 

@@ -213,10 +213,10 @@ func (d *definitions) forget(guest string) error {
 	if _, kept := d.text[guest]; !kept {
 		return nil
 	}
-	delete(d.text, guest)
 	if err := os.Remove(filepath.Join(d.dir, guest+keptSuffix)); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("agent: %w", err)
 	}
+	delete(d.text, guest)
 	return nil
 }
 

@@ -68,7 +68,7 @@ func (s *settler) begin(ctx context.Context) {
 	for _, info := range s.a.driver.List() {
 		names[info.Name] = true
 	}
-	restored := s.a.connected() && s.restoreDefinitions(ctx)
+	restored := s.a.connected() && s.restoreDefinitions(ctx, slog.LevelError)
 	for name := range names {
 		d := s.settle(ctx, name, nil)
 		s.a.log.Debug("guest looked at", "guest", name, "action", d.Action, "reason", d.Reason)
@@ -88,10 +88,12 @@ const (
 // restoreLater defines guests again as soon as that is possible, when the agent came
 // up before its hypervisor, or that could not do it.
 func (s *settler) restoreLater(ctx context.Context) {
+	level := slog.LevelError
 	for pause := restoreFirst; s.a.awaitConnection(ctx) == nil; pause = min(2*pause, restoreLast) {
 		s.a.knowAll(ctx)
-		done := s.restoreDefinitions(ctx)
+		done := s.restoreDefinitions(ctx, level)
 		s.forgetDefinitions()
+		level = slog.LevelDebug // said once, it is known
 		if done {
 			return
 		}
@@ -106,22 +108,31 @@ func (s *settler) restoreLater(ctx context.Context) {
 }
 
 // restoreDefinitions defines the guests of this host again that the driver has
-// forgotten, and says whether nothing is left to be tried.
-func (s *settler) restoreDefinitions(ctx context.Context) (done bool) {
+// forgotten, and says whether nothing is left to be tried. What fails is logged at a
+// level.
+func (s *settler) restoreDefinitions(ctx context.Context, level slog.Level) (done bool) {
 	done = true
 	for _, r := range s.a.ledger.List() {
-		if s.a.ledger.Owns(r.Guest) != nil {
-			continue
-		}
 		if ctx.Err() != nil {
 			return false
 		}
-		if err := s.restoreDefinition(r.Guest); err != nil {
-			s.a.log.Error("a guest of this host cannot be defined again", "guest", r.Guest, "error", err)
+		if err := s.restoreOwned(r.Guest); err != nil {
+			s.a.log.Log(ctx, level, "a guest of this host cannot be defined again", "guest", r.Guest, "error", err)
 			done = done && errors.Is(err, errNotKept)
 		}
 	}
 	return done
+}
+
+// restoreOwned is restoreDefinition of a guest if it is this host's.
+func (s *settler) restoreOwned(name string) error {
+	g := s.guest(name)
+	g.act.Lock()
+	defer g.act.Unlock()
+	if s.a.ledger.Owns(name) != nil {
+		return nil
+	}
+	return s.restoreDefinition(name)
 }
 
 // forgetDefinitions removes the definitions of guests that came here and are
@@ -355,6 +366,7 @@ func (s *settler) settleHeld(ctx context.Context, name string, peer *ledger.Stat
 			peer = nil // whether the other host knows of it has to be asked afresh
 		}
 	}
+	s.forgetDefinition(name)
 	record := s.a.ledger.Get(name)
 	s.a.moves.settled(record, s.a.cfg.Name)
 	if record.State == ledger.None || record.State == ledger.Gone {

@@ -62,11 +62,11 @@ var faults = []fault{
 		at: []migrate.State{migrate.DestReady},
 	},
 	{
-		name: "kill-source-QEMU", do: func(c *cell) { c.killQEMU("host1") },
+		name: "kill-source-QEMU", do: func(m *cell) { m.killCopy("host1") },
 		at: []migrate.State{migrate.SourceCopying, migrate.SourceReadyWait},
 	},
 	{
-		name: "kill-destination-QEMU", do: func(c *cell) { c.killQEMU("host2") },
+		name: "kill-destination-QEMU", do: func(m *cell) { m.killCopy("host2") },
 		at:    []migrate.State{migrate.DestReceiving, migrate.DestReady},
 		relay: []migrate.State{migrate.DestReceiving},
 	},
@@ -128,34 +128,43 @@ func starter(host string, daemons ...lab.Daemon) func(*cell) {
 	}
 }
 
-// killQEMU kills a host's copy of the guest, if there is one.
-func (m *cell) killQEMU(host string) {
-	pid, err := m.pid(m.guest, host)
-	if errors.Is(err, os.ErrNotExist) {
+// killCopy kills a host's copy of the guest, if there is one.
+func (m *cell) killCopy(host string) {
+	if m.killQEMU(m.guest, host) {
+		m.hasEnded(host)
+	} else {
 		m.T.Logf("no copy on %s at this state", host)
-		return
+	}
+}
+
+// killQEMU kills a guest's QEMU on a host and waits for its end, if there is one.
+func (c *cluster) killQEMU(g lab.Guest, host string) bool {
+	c.T.Helper()
+	pid, err := c.pid(g, host)
+	if errors.Is(err, os.ErrNotExist) {
+		return false
 	}
 	if err != nil {
-		m.T.Fatal(err)
+		c.T.Fatal(err)
 	}
 	fd, err := unix.PidfdOpen(pid, 0)
 	if err != nil {
-		m.T.Fatal(err)
+		c.T.Fatal(err)
 	}
 	defer unix.Close(fd)
-	if !slices.Contains(m.processes(m.guest), pid) {
-		m.T.Fatalf("process %d is not the guest's", pid)
+	if !slices.Contains(c.processes(g), pid) {
+		c.T.Fatalf("process %d is not the guest's", pid)
 	}
 	if err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); err != nil {
-		m.T.Fatal(err)
+		c.T.Fatal(err)
 	}
-	m.Eventually("QEMU ends", func() error {
-		if slices.Contains(m.processes(m.guest), pid) {
+	c.Eventually("QEMU ends", func() error {
+		if slices.Contains(c.processes(g), pid) {
 			return fmt.Errorf("process %d is there", pid)
 		}
 		return nil
 	})
-	m.hasEnded(host)
+	return true
 }
 
 func (m *cell) hasEnded(host string) {

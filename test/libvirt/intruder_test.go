@@ -1,9 +1,10 @@
 package libvirt
 
 import (
-	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -71,27 +72,36 @@ func TestBroughtInstead(t *testing.T) {
 	c.nothingLeft(g, "host2")
 }
 
-// A guest that libvirt forgets when it cannot write its definition, and whose QEMU
-// runs on, is not made a second time: it is there, as one that cannot be reached,
-// until the next libvirtd finds it again.
-func TestForgotten(t *testing.T) {
-	c := newCluster(t).showing(t)
-	g := c.start(flatSpec("forgotten", domain.Shape{}))
-	defer c.remove(g)
-	inTheWay := c.Lab.Outside("host2", "/etc/libvirt/qemu/"+g.Name+".xml.new")
+// forget starts a guest and moves it to host2, where libvirt forgets it when it cannot
+// write its definition. It returns what is in the way of that.
+func (c *cluster) forget(name string) (g lab.Guest, inTheWay string) {
+	c.T.Helper()
+	g = c.start(flatSpec(name, domain.Shape{}))
+	inTheWay = c.Lab.Outside("host2", "/etc/libvirt/qemu/"+name+".xml.new")
 	if err := os.MkdirAll(inTheWay, 0o700); err != nil {
-		t.Fatal(err)
+		c.T.Fatal(err)
 	}
 	c.move(g, "host1", "host2")
-	here := c.Clients["host2"].Guests
-	unreachable := func() error {
-		info, err := here.Show(c.T.Context(), &lmctlv1.GuestRequest{Name: g.Name})
-		if err == nil && (info.State != "unreachable" || !strings.Contains(info.Runstate, "restart libvirtd")) {
-			err = fmt.Errorf("it is %v", info)
-		}
-		return err
+	c.Eventually("the agent says that it cannot be reached", func() error { return c.forgotten(g) })
+	return g, inTheWay
+}
+
+// forgotten is an error unless the agent says that libvirt has forgotten a guest.
+func (c *cluster) forgotten(g lab.Guest) error {
+	info, err := c.Clients["host2"].Guests.Show(c.T.Context(), &lmctlv1.GuestRequest{Name: g.Name})
+	if err == nil && (info.State != "unreachable" || !strings.Contains(info.Runstate, "restart libvirtd")) {
+		err = fmt.Errorf("it is %v", info)
 	}
-	c.Eventually("the agent says that it cannot be reached", unreachable)
+	return err
+}
+
+// A guest that libvirt forgets, and whose QEMU runs on, is not made a second time: it
+// is there, as one that cannot be reached, until the next libvirtd finds it again.
+func TestForgotten(t *testing.T) {
+	c := newCluster(t).showing(t)
+	g, inTheWay := c.forget("forgotten")
+	defer c.remove(g)
+	here := c.Clients["host2"].Guests
 	info, err := here.Show(t.Context(), &lmctlv1.GuestRequest{Name: g.Name})
 	if err != nil || len(info.Definition) == 0 {
 		t.Errorf("its definition: %v, %v", info, err)
@@ -103,30 +113,86 @@ func TestForgotten(t *testing.T) {
 	if err := c.Lab.StartAgent(c.Context(), "host2"); err != nil {
 		t.Fatal(err)
 	}
-	c.Eventually("the next agent says so, too", unreachable)
-	if _, err := here.Define(t.Context(), &lmctlv1.DefineRequest{Definition: info.GetDefinition()}); err == nil {
-		t.Error("it was defined beside itself")
-	}
-	if _, err := here.Start(t.Context(), &lmctlv1.GuestRequest{Name: g.Name}); err == nil {
-		t.Error("it was started beside itself")
-	}
+	c.Eventually("the next agent says so, too", func() error { return c.forgotten(g) })
 	if known := c.virsh("host2", "list", "--all", "--name"); strings.Contains(known, g.Name) {
 		t.Errorf("libvirt knows %q", known)
 	}
-	if pids := c.processes(g); len(pids) != 1 {
-		t.Errorf("processes %v of it", pids)
+	if _, err := here.Define(t.Context(), &lmctlv1.DefineRequest{Definition: info.GetDefinition()}); err == nil {
+		t.Error("it was defined beside itself")
 	}
 	if err := os.Remove(inTheWay); err != nil {
 		t.Fatal(err)
 	}
+	// Another hand is not kept from it, and is not followed either.
+	file := filepath.Join(c.Lab.HostDir("host2"), g.Name+".xml")
+	if err := os.WriteFile(file, info.GetDefinition(), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	defer os.Remove(file)
+	c.virsh("host2", "define", file)
+	c.virsh("host2", "domid", g.Name) // so that its event is on the way
+	if _, err := here.Start(t.Context(), &lmctlv1.GuestRequest{Name: g.Name}); err == nil {
+		t.Error("it was started beside itself")
+	}
+	if _, err := here.Undefine(t.Context(), &lmctlv1.GuestRequest{Name: g.Name}); err == nil {
+		t.Error("it was undefined while it runs")
+	}
+	c.Eventually("it still cannot be reached", func() error { return c.forgotten(g) })
+	if pids := c.processes(g); len(pids) != 1 {
+		t.Errorf("processes %v of it", pids)
+	}
 	c.restartLibvirtd("host2")
 	c.known(g, "host2")
+	c.persistent(g, "host2")
+	c.healthy(g, "host2")
+	c.nothingLeft(g, "host2")
+}
+
+// A guest that libvirt has forgotten and that ends is defined then, and can be started.
+func TestForgottenEnds(t *testing.T) {
+	c := newCluster(t).showing(t)
+	g, inTheWay := c.forget("forgotten-ends")
+	defer c.remove(g)
+	if err := os.Remove(inTheWay); err != nil {
+		t.Fatal(err)
+	}
+	c.killQEMU(g, "host2")
+	c.persistent(g, "host2")
+	c.Eventually("it is this host's, and stopped", func() error {
+		info, err := c.Guest("host2", g.Name)
+		if err == nil && (info == nil || info.State != "stopped" || info.Ownership.GetState() != "owned") {
+			err = fmt.Errorf("it is %v", info)
+		}
+		return err
+	})
+	// Libvirt leaves the memory file of one that it has forgotten.
+	left, err := filepath.Glob(filepath.Join(c.Lab.MemoryDir("host2"), "libvirt", "qemu", "*-"+g.Name))
+	if err != nil || len(left) != 1 {
+		t.Fatalf("memory left: %q, %v", left, err)
+	}
+	if err := os.RemoveAll(left[0]); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.Clients["host2"].Guests.Start(t.Context(), &lmctlv1.GuestRequest{Name: g.Name}); err != nil {
+		t.Fatal(err)
+	}
+	c.Eventually("it boots", func() error {
+		v, err := c.Lab.CheckGuest(c.Context(), g.Name)
+		if err == nil && !v.OK {
+			err = fmt.Errorf("on %s: %q", v.Host, v.Problems)
+		}
+		return err
+	})
+	c.nothingLeft(g, "host2")
+}
+
+// persistent waits until a host's libvirt has a definition of a guest.
+func (c *cluster) persistent(g lab.Guest, host string) {
+	c.T.Helper()
 	c.Eventually("it is defined", func() error {
-		if known := c.virsh("host2", "list", "--persistent", "--name"); !strings.Contains(known, g.Name) {
-			return errors.New("it is not")
+		if known := c.virsh(host, "list", "--all", "--persistent", "--name"); !slices.Contains(strings.Fields(known), g.Name) {
+			return fmt.Errorf("defined are %q", known)
 		}
 		return nil
 	})
-	c.healthy(g, "host2")
-	c.nothingLeft(g, "host2")
 }

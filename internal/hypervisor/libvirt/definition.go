@@ -7,6 +7,8 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
+	"time"
 
 	lv "github.com/digitalocean/go-libvirt"
 	"github.com/google/uuid"
@@ -105,17 +107,47 @@ func (g *domain) lives() bool {
 	return proc != nil && !proc.dead()
 }
 
-// forgotten is for a domain that libvirt knows no more, and whose QEMU runs: it
-// stays among the others, as one that cannot be reached.
-func (g *domain) forgotten() {
+// forgotten is for a domain that libvirt knows no more, or only as one that does not
+// run, and whose QEMU runs: it stays among the others, as one that cannot be
+// reached. The looking is held.
+func (g *domain) forgotten() error {
 	g.mu.Lock()
-	known := g.lost && g.runstate == forgottenWord
-	g.mu.Unlock()
-	if !known {
-		g.d.log.Error("look at a domain", "guest", g.name, "error", errForgotten)
-		g.tell(func() { g.lost, g.runstate = true, forgottenWord })
+	old, word := g.proc, forgottenWord
+	if g.owed != "" {
+		word += "; see to this before, or it will forget it again: " + g.owed
 	}
+	known := g.lost && g.runstate == word
+	g.mu.Unlock()
+	proc, err := g.processNow(old, true)
+	if err != nil {
+		return err
+	}
+	if !known {
+		g.d.log.Error("look at a domain", "guest", g.name, "error", word)
+	}
+	g.tell(func() { g.state, g.proc, g.lost, g.runstate = hypervisor.StateRunning, proc, true, word })
 	g.lookAgain()
+	if old != proc {
+		return old.close()
+	}
+	return nil
+}
+
+// forgottenTillNow says whether a domain was forgotten by libvirt and has ended only
+// just now. Libvirt still follows the QEMU of one that it has forgotten: what was
+// defined at that moment, it would take for that one and remove.
+func (g *domain) forgottenTillNow() bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if !g.lost || g.proc == nil || !strings.HasPrefix(g.runstate, forgottenWord) {
+		return false
+	}
+	select {
+	case <-g.proc.ended:
+		return time.Since(g.proc.endedAt) < exitGrace
+	default:
+		return true
+	}
 }
 
 // recall makes domains that libvirt has forgotten, by what an earlier agent wrote of
@@ -125,31 +157,37 @@ func (d *Driver) recall() error {
 	if err != nil {
 		return fmt.Errorf("libvirt: %w", err)
 	}
-	known := make(map[string]bool)
+	known := make(map[string]bool) // by UUID and by name
 	for _, g := range d.all() {
-		known[g.uuid] = true
+		known[g.uuid], known[g.name] = true, true
 	}
 	var errs []error
 	for _, e := range entries {
 		if !known[e.Name()] {
-			errs = append(errs, d.recallOne(e.Name()))
+			errs = append(errs, d.recallOne(e.Name(), known))
 		}
 	}
 	return errors.Join(errs...)
 }
 
-func (d *Driver) recallOne(id string) error {
+func (d *Driver) recallOne(id string, known map[string]bool) error {
+	parsed, err := uuid.Parse(id)
 	var r shellRecord
 	f := d.filesOf(id)
-	if !there(f.resumed()) || read(f.shell(), &r) != nil || r.UUID != id {
+	if err != nil || !there(f.resumed()) || read(f.shell(), &r) != nil || r.UUID != id || known[r.Name] {
 		return nil // nobody can go on with that
 	}
 	p, err := d.findProcess(r.Name, id)
 	if err != nil {
 		return noneIsFine(err)
 	}
-	g := d.of(lv.Domain{Name: r.Name, UUID: lv.UUID(uuid.MustParse(id))})
-	g.tell(func() { g.state, g.proc, g.arriving, g.brought = hypervisor.StateRunning, p, &r, r.Cards })
+	g := d.of(lv.Domain{Name: r.Name, UUID: lv.UUID(parsed)})
+	g.tell(func() {
+		g.state, g.proc, g.incoming = hypervisor.StateRunning, p, false
+		if r.isOf(p, hypervisor.StateRunning) { // else it is another hand's
+			g.arriving, g.brought = &r, r.Cards
+		}
+	})
 	return nil
 }
 

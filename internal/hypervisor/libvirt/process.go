@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -28,6 +29,8 @@ type process struct {
 	stop  context.CancelFunc
 	over  chan struct{} // closed when nobody watches any more
 	exit  *unix.WaitStatus
+	// endedAt is when that was noticed, once ended is closed.
+	endedAt time.Time
 }
 
 // errNoProcess says that a domain has no process.
@@ -97,6 +100,7 @@ func (p *process) watch(ctx context.Context) {
 	if ws, err := sys.EndOf(p.pid, p.pidfd, p.start); err == nil {
 		p.exit = &ws
 	}
+	p.endedAt = time.Now()
 	close(p.ended)
 }
 

@@ -57,9 +57,10 @@ func (d *Driver) meet(l *link) error {
 			d.log.Warn("have a domain on its way here leave its disks", "guest", dom.Name, "error", err)
 		}
 	}
+	var recalled error
 	if !d.swept {
-		if err := d.recall(); err != nil {
-			d.log.Error("what libvirt may have forgotten", "error", err)
+		if recalled = d.recall(); recalled != nil {
+			d.log.Error("what libvirt may have forgotten", "error", recalled)
 		}
 	}
 	for _, g := range d.all() {
@@ -71,7 +72,7 @@ func (d *Driver) meet(l *link) error {
 		}
 	}
 	d.wg.Go(func() { d.warm(l) })
-	if !d.swept {
+	if !d.swept && recalled == nil {
 		d.swept = true
 		if err := d.sweep(); err != nil {
 			d.log.Error("what an earlier agent left of its migrations", "error", err)
@@ -198,7 +199,9 @@ func (g *domain) look(ctx context.Context, l *link) error {
 	case held:
 		return nil // libvirt is yet to make it, or who holds the shell deals with its end
 	case g.lives():
-		g.forgotten()
+		return g.forgotten()
+	case g.forgottenTillNow():
+		g.lookAgain()
 		return nil
 	case r != nil && r.Persistent != "":
 		return g.lostOnArrival(ctx, l, *r)
@@ -217,6 +220,11 @@ func (g *domain) ask(ctx context.Context, l *link) error {
 	}
 	if f, is := g.onItsWay(word); is {
 		return g.seen(f, state, word)
+	}
+	if state == hypervisor.StateStopped { // defined again, perhaps, since it was forgotten
+		if errors.Is(g.d.notForgotten(ctx, l, g.name, g.uuid), errForgotten) {
+			return g.forgotten()
+		}
 	}
 	text, err := call(ctx, l, func(l *link) (string, error) { return l.DomainGetXMLDesc(dom, 0) })
 	if err != nil {
@@ -343,13 +351,11 @@ func (g *domain) lookAgain() {
 	g.awaited = true
 	wait := max(g.again, againFirst)
 	g.again = min(2*wait, againLast)
-	ended := g.endUnknown()
 	g.d.wg.Go(func() {
 		timer := time.NewTimer(wait)
 		defer timer.Stop()
 		select {
 		case <-timer.C:
-		case <-ended:
 		case <-g.d.ctx.Done():
 			return
 		}
@@ -374,20 +380,6 @@ func (g *domain) lookAgain() {
 			g.lookAgain()
 		}
 	})
-}
-
-// endUnknown is closed when a domain's process ends that libvirt cannot or will not
-// tell of; nil if it has ended, or libvirt will. The mu is held.
-func (g *domain) endUnknown() <-chan struct{} {
-	if !g.lost || g.proc == nil {
-		return nil
-	}
-	select {
-	case <-g.proc.ended:
-		return nil
-	default:
-		return g.proc.ended
-	}
 }
 
 // vanished notes that libvirt knows the domain no more.
