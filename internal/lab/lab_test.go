@@ -223,10 +223,47 @@ func TestNetwork(t *testing.T) {
 	if err := l.Cut("host9"); err == nil {
 		t.Error("a host that is not there is cut off")
 	}
+	if before, after := withPort(t, l, "host1"); before != after {
+		t.Errorf("the bridge of host1 had the address %s, and with a guest's card %s", before, after)
+	}
 	if err := Down(t.Context(), l.dir); err != nil {
 		t.Fatal(err)
 	}
 	nothingLeft(t, l)
+}
+
+// withPort is the hardware address of a host's bridge before and after it has got a
+// card like those that libvirt makes for guests.
+func withPort(t *testing.T, l *Lab, host string) (before, after string) {
+	t.Helper()
+	err := l.with(host, func(h *netlink.Handle) error {
+		address := func() string {
+			link, err := h.LinkByName(Bridge)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return link.Attrs().HardwareAddr.String()
+		}
+		before = address()
+		tap := &netlink.Tuntap{LinkAttrs: netlink.LinkAttrs{Name: "vnet0"}, Mode: netlink.TUNTAP_MODE_TAP}
+		if err := l.In(host, func() error { return netlink.LinkAdd(tap) }); err != nil {
+			return err
+		}
+		link, err := h.LinkByName("vnet0")
+		if err != nil {
+			return err
+		}
+		if err := h.LinkSetHardwareAddr(link, net.HardwareAddr{0xfe, 0x54, 0, 0, 0, 1}); err != nil {
+			return err
+		}
+		err = enslave(h, "vnet0", Bridge)
+		after = address()
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return before, after
 }
 
 func TestLabsCoexist(t *testing.T) {

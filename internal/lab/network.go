@@ -83,7 +83,7 @@ func (l *Lab) connect(node string) error {
 	err = l.with(switchNode, func(h *netlink.Handle) error {
 		veth := &netlink.Veth{
 			LinkAttrs: netlink.LinkAttrs{Name: node},
-			PeerName:  uplink, PeerNamespace: netlink.NsFd(ns),
+			PeerName:  uplink, PeerNamespace: netlink.NsFd(ns), PeerHardwareAddr: hardwareAddress(node),
 		}
 		if err := h.LinkAdd(veth); err != nil {
 			return fmt.Errorf("link to %s: %w", node, err)
@@ -105,6 +105,18 @@ func (l *Lab) connect(node string) error {
 		}
 		return enslave(h, uplink, Bridge)
 	})
+}
+
+// hardwareAddress is that of a node's uplink. As a real one's it is below those of
+// taps, which libvirt makes fe:…: a bridge has the lowest address of its ports, and
+// one that a random address put above would change its own with the guests that
+// come and go, and not be heard until its neighbours have asked for it again.
+func hardwareAddress(node string) net.HardwareAddr {
+	number := clientNumber
+	if node != Client {
+		number = hostNumber(node)
+	}
+	return net.HardwareAddr{0x02, 0x4c, 0x4d, 0, 0, byte(number)}
 }
 
 func makeBridge(h *netlink.Handle, name string, addrs []netip.Prefix) error {
